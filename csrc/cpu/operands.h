@@ -1,0 +1,71 @@
+// How tiles become operands of the product in the accumulator type itself. gemm() wants A broadcast (any strides) and B as rows of whole
+// vectors, so keys and values of the right dtype are used where they lie. The bf16 twin of this file is operands_bf16.h.
+#pragma once
+#include "gemm.h"
+#include "rows.h"
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+template <typename Acc>
+struct Plain {
+  using T = Acc;
+  using Element = Acc;
+  using A = Broadcast<T>;
+  struct B {
+    const T* p;
+    int64_t ld;
+  };
+  static constexpr int64_t kPad = kLanes<T>;  // rows of B are whole vectors
+  static constexpr bool kSharesTile = true;   // weights serve as operands where they stand
+
+  template <bool Add>
+  static void product(int64_t M, int64_t N, int64_t K, A a, B b, T* c, int64_t ldc) {
+    gemm<Add, T>(M, N, K, a, b.p, b.ld, c, ldc);
+  }
+
+  // Element counts of the buffers below.
+  static int64_t rows_size(int64_t n, int64_t d) { return n * d; }
+  static int64_t columns_size(int64_t, int64_t) { return 0; }
+  static int64_t packed_size(int64_t k, int64_t n) { return k * n; }
+
+  // n rows of keys or values as A(m = row, k = column). `dead` (may be null) marks rows to be read as zeros.
+  static A rows(const Params& p, const Rows& x, const Sequence& s, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t d, const bool* dead,
+                T* buffer) {
+    if (x.dtype == AccumulatorOf<T>::value && !dead && !scattered(p))
+      return {reinterpret_cast<const T*>(row_at(x, b, h, s.k_begin + j0)), x.row, x.col};
+    for (int64_t j = 0; j < n; ++j) {
+      if (dead && dead[j])
+        memset(buffer + j * d, 0, size_t(d) * sizeof(T));
+      else
+        read_row(buffer + j * d, cache_row(p, x, s, b, h, j0 + j), x.dtype, x.col, d);
+    }
+    return {buffer, d, 1};
+  }
+  // One row given by itself (the extra key).
+  static A row(const void* src, DType t, int64_t d, T* buffer) {
+    read_row(buffer, src, t, 1, d);
+    return {buffer, d, 1};
+  }
+  // The same rows as A(m = column, k = row).
+  static A columns(A rows, int64_t, int64_t, T*) { return {rows.p, rows.col, rows.row}; }
+
+  // B[k = column][n = row] of `count` rows, rows beyond it zero up to `lanes`.
+  static B pack_columns(const T* rows, int64_t ld, int64_t count, int64_t lanes, int64_t d, T* buffer) {
+    transpose(rows, ld, buffer, lanes, count, d);
+    if (count < lanes)
+      for (int64_t c = 0; c < d; ++c) memset(buffer + c * lanes + count, 0, size_t(lanes - count) * sizeof(T));
+    return {buffer, lanes};
+  }
+  // B[k = row][n = column]: rows already padded to whole vectors.
+  static B pack_rows(const T* rows, int64_t ld, int64_t, int64_t, T*) { return {rows, ld}; }
+
+  // A tile X[j][i] as B[k = j][n = i] and as A(m = j, k = i).
+  static B tile_b(const T* x, int64_t ld, int64_t, int64_t, T*) { return {x, ld}; }
+  static A tile_a(const T* x, int64_t ld, int64_t, int64_t, T*) { return {x, ld, 1}; }
+};
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

@@ -1,0 +1,358 @@
+// One block of queries against one tile of keys: which tiles there are, their logits, their mask, their dropout.
+// A tile is held transposed, S[j][i]: the lanes run over queries, so the softmax over keys never crosses lanes and the weights are
+// already in the form in which the next product wants them. Derivations: docs/numerics.md.
+#pragma once
+#include "../mask.h"
+#include "../philox.h"
+#include "operands.h"
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+constexpr int64_t kBlockM = 64;   // queries; equals kGraphTile, so that graph tiles need no regrouping
+constexpr int64_t kBlockN = 128;  // keys
+static_assert(kBlockM == kGraphTile, "a query block is one row of graph tiles");
+
+template <typename T>
+constexpr T kInf = T(__builtin_inf());
+
+SACCADE_FORCE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A bump allocator over the thread's scratch. With a null base it only counts, so one function both sizes and lays out a kernel's memory.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t at = used;
+    used += size_t(round_up(count * int64_t(sizeof(T)), 64));
+    return base ? reinterpret_cast<T*>(base + at) : nullptr;
+  }
+};
+
+struct QueryBlock {
+  int64_t b, h, hk, i0, rows, lanes;
+  Sequence seq;
+  Interval keys;   // every key that some row's interval holds lies here
+  Interval shared; // keys that every row's interval holds
+  bool gaps;       // some row keeps no key, so a key inside `keys` may be kept by none
+  int32_t id_min, id_max;
+  int64_t begin[kBlockM], end[kBlockM];
+};
+
+template <typename T>
+static QueryBlock query_block(const Params& p, int64_t b, int64_t h, int64_t m_block) {
+  QueryBlock q;
+  q.b = b;
+  q.h = h;
+  q.hk = h / (p.heads / p.heads_k);
+  q.seq = sequence_of(p, b);
+  q.i0 = m_block * kBlockM;
+  q.rows = max64(0, min64(kBlockM, q.seq.seqlen_q - q.i0));
+  q.lanes = round_up(q.rows, kLanes<T>);
+  q.keys = {INT64_MAX, 0};
+  q.shared = {0, INT64_MAX};
+  q.gaps = false;
+  for (int64_t i = 0; i < q.rows; ++i) {
+    const Interval r = row_interval(p.mask, b, h, q.i0 + i, q.seq.seqlen_q, q.seq.seqlen_k);
+    q.begin[i] = r.begin;
+    q.end[i] = r.end;
+    q.shared = {max64(q.shared.begin, r.begin), min64(q.shared.end, r.end)};
+    if (r.begin < r.end)
+      q.keys = {min64(q.keys.begin, r.begin), max64(q.keys.end, r.end)};
+    else
+      q.gaps = true;
+  }
+  for (int64_t i = q.rows; i < q.lanes; ++i) q.begin[i] = q.end[i] = 0;
+  q.id_min = INT32_MAX;
+  q.id_max = INT32_MIN;
+  if (p.mask.q_ids)
+    for (int64_t i = 0; i < q.rows; ++i) {
+      const int32_t id = p.mask.q_ids[b * p.mask.q_ids_batch + q.i0 + i];
+      q.id_min = id < q.id_min ? id : q.id_min;
+      q.id_max = id > q.id_max ? id : q.id_max;
+    }
+  return q;
+}
+
+struct KeyTile {
+  int64_t j0, n;
+  bool extra;            // the one key given by extra_k, extra_v
+  bool whole;            // every pair is kept: the mask is never looked at
+  const uint64_t* words; // graph: bit j of words[i]
+};
+
+// The key tiles of a query block inside [limit.begin, limit.end), in order, the empty ones left out.
+struct KeyTiles {
+  const Params& p;
+  const QueryBlock& q;
+  Interval limit;
+  int64_t at, graph_at, graph_end;
+
+  KeyTiles(const Params& params, const QueryBlock& block, Interval within)
+      : p(params), q(block), limit{max64(block.keys.begin, within.begin), min64(block.keys.end, within.end)} {
+    at = limit.begin;
+    graph_at = graph_end = 0;
+    if (p.mask.tile_ptr) {
+      graph_at = p.mask.tile_ptr[q.i0 / kGraphTile];
+      graph_end = p.mask.tile_ptr[q.i0 / kGraphTile + 1];
+    }
+  }
+
+  bool next(KeyTile& t) { return p.mask.tile_ptr ? next_graph(t) : next_range(t); }
+
+ private:
+  bool next_range(KeyTile& t) {
+    while (at < limit.end) {
+      const int64_t n = min64(limit.end, at + kBlockN) - at;
+      t = {at, n, false, at >= q.shared.begin && at + n <= q.shared.end, nullptr};
+      at += n;
+      if (keeps_some(t)) return true;
+    }
+    return false;
+  }
+  bool next_graph(KeyTile& t) {
+    for (; graph_at < graph_end; ++graph_at) {
+      const int64_t j0 = int64_t(p.mask.tile_col[graph_at]) * kGraphTile;
+      const int64_t begin = max64(j0, limit.begin), end = min64(j0 + kGraphTile, limit.end);
+      if (begin >= end) continue;
+      // The tile keeps its place on the grid, so that bit numbers are key numbers; keys cut off by `limit` are masked.
+      t = {j0, end - j0, false, begin == j0 && j0 >= q.shared.begin && end <= q.shared.end, p.mask.tile_bits + graph_at * kGraphTile};
+      const uint64_t all = t.n == 64 ? ~uint64_t(0) : (uint64_t(1) << t.n) - 1;
+      for (int64_t i = 0; i < q.rows && t.whole; ++i) t.whole = (t.words[i] & all) == all;
+      if (keeps_some(t)) {
+        ++graph_at;
+        return true;
+      }
+    }
+    return false;
+  }
+  // Padding and segments: looks at the keys only, so that a tile no row keeps costs its keys and not its pairs.
+  bool keeps_some(KeyTile& t) const {
+    const MaskParams& m = p.mask;
+    if (m.keep) {
+      const bool* keep = m.keep + q.b * m.keep_batch + t.j0;
+      bool any = false, all = true;
+      for (int64_t j = 0; j < t.n; ++j) any |= keep[j], all &= keep[j];
+      if (!any) return false;
+      t.whole &= all;
+    }
+    if (m.q_ids) {
+      const int32_t* ids = m.k_ids + q.b * m.k_ids_batch + t.j0;
+      int32_t lo = INT32_MAX, hi = INT32_MIN;
+      for (int64_t j = 0; j < t.n; ++j) lo = ids[j] < lo ? ids[j] : lo, hi = ids[j] > hi ? ids[j] : hi;
+      if (lo > q.id_max || hi < q.id_min) return false;
+      t.whole &= lo == hi && q.id_min == q.id_max;
+    }
+    return true;
+  }
+};
+
+// The logit is the product itself, up to a positive factor that the exponential takes along.
+SACCADE_FORCE bool bare_logits(const Params& p) {
+  return p.score == Score::kDot && p.softcap == 0 && !p.bias && !p.rel_bias && p.scale > 0;
+}
+// exp(logit) = 2^(S * factor).
+SACCADE_FORCE double exponent_factor(const Params& p) { return bare_logits(p) ? p.scale * kLog2e : kLog2e; }
+
+// w . phi(q_i + k_j), phi = tanh (Bahdanau et al., arXiv 1409.0473) or leaky_relu (GATv2, arXiv 2105.14491).
+template <typename T>
+static void additive_scores(const Params& p, const QueryBlock& q, int64_t n, Broadcast<T> keys, const T* queries, T* S) {
+  const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
+  const T slope = T(p.slope);
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
+      Vec<T> s{};
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        const Vec<T> x = load(queries + d * q.lanes + i) + keys.p[j * keys.row + d * keys.col];
+        s += w[d] * (p.score == Score::kAdditive ? tanhv<T>(x) : (x > T(0) ? x : slope * x));
+      }
+      store(S + j * q.lanes + i, s);
+    }
+}
+
+// buffer[j][i] = bias of the tile's pairs; stride_i 0 needs one row only.
+template <typename T>
+struct BiasTile {
+  const T* p;
+  int64_t row, lane;  // element (j, i) at p[j * row + i * lane]
+};
+template <typename T>
+static BiasTile<T> bias_tile(const Params& p, const QueryBlock& q, const KeyTile& t, T* buffer) {
+  const int64_t* st = p.bias_stride;
+  const char* base =
+      static_cast<const char*>(p.bias) + (q.b * st[0] + q.h * st[1] + q.i0 * st[2] + t.j0 * st[3]) * size_of(p.bias_dtype);
+  if (st[2] == 0) {
+    read_row(buffer, base, p.bias_dtype, st[3], t.n);
+    return {buffer, 1, 0};
+  }
+  T* rows = buffer + kBlockN * kBlockM;
+  for (int64_t i = 0; i < q.rows; ++i) read_row(rows + i * t.n, base + i * st[2] * size_of(p.bias_dtype), p.bias_dtype, st[3], t.n);
+  for (int64_t i = q.rows; i < q.lanes; ++i) memset(rows + i * t.n, 0, size_t(t.n) * sizeof(T));
+  transpose(rows, t.n, buffer, q.lanes, q.lanes, t.n);
+  return {buffer, q.lanes, 1};
+}
+
+// Entry i of the row of rel_bias that key j of the tile sees begins here and falls with i.
+template <typename T>
+SACCADE_FORCE int64_t rel_index(const Params& p, const QueryBlock& q, int64_t j, int64_t i) {
+  return p.rel_center + j - (q.i0 + i + q.seq.seqlen_k - q.seq.seqlen_q);
+}
+
+// S becomes the logit in natural units. `cap` (may be null) receives tanh(scale * score / softcap), which the backward pass needs.
+template <typename T>
+static void finish_logits(const Params& p, const QueryBlock& q, const KeyTile& t, T* S, T* cap, T* buffer) {
+  const T scale = T(p.scale), softcap = T(p.softcap), per_cap = T(p.softcap != 0 ? p.scale / p.softcap : 0);
+  const bool bias = p.bias && !t.extra, rel = p.rel_bias && !t.extra;
+  BiasTile<T> tile{};
+  if (bias) tile = bias_tile<T>(p, q, t, buffer);
+  for (int64_t j = 0; j < t.n; ++j) {
+    T* row = S + j * q.lanes;
+    for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
+      Vec<T> s = load(row + i);
+      if (p.softcap != 0) {
+        const Vec<T> c = tanhv<T>(s * per_cap);
+        if (cap) store(cap + j * q.lanes + i, c);
+        s = softcap * c;
+      } else {
+        s = scale * s;
+      }
+      if (bias) {
+        const Vec<T> b = tile.lane ? load(tile.p + j * tile.row + i) : splat<T>(tile.p[j]);
+        s = b == -kInf<T> ? b : s + b;
+      }
+      store(row + i, s);
+    }
+    if (rel) {
+      const T* r = static_cast<const T*>(p.rel_bias) + q.h * p.rel_size + rel_index<T>(p, q, t.j0 + j, 0);
+      for (int64_t i = 0; i < q.rows; ++i) row[i] += r[-i];
+    }
+  }
+}
+
+// Pairs that the mask drops get -inf.
+template <typename T>
+static void apply_mask(const Params& p, const QueryBlock& q, const KeyTile& t, T* S) {
+  using Int = typename VecOf<T>::Int;
+  const MaskParams& m = p.mask;
+  const bool* keep = m.keep ? m.keep + q.b * m.keep_batch + t.j0 : nullptr;
+  const int32_t* k_ids = m.q_ids ? m.k_ids + q.b * m.k_ids_batch + t.j0 : nullptr;
+  for (int64_t i0 = 0; i0 < q.lanes; i0 += kLanes<T>) {
+    VecI<T> begin, end, ids{}, low{}, high{};
+    for (int l = 0; l < kLanes<T>; ++l) {
+      const int64_t i = i0 + l;
+      begin[l] = Int(min64(max64(q.begin[i] - t.j0, 0), t.n));
+      end[l] = Int(min64(max64(q.end[i] - t.j0, 0), t.n));
+      if (i >= q.rows) continue;
+      if (k_ids) ids[l] = m.q_ids[q.b * m.q_ids_batch + q.i0 + i];
+      if (t.words) {
+        low[l] = Int(int32_t(t.words[i]));
+        high[l] = Int(int32_t(t.words[i] >> 32));
+      }
+    }
+    for (int64_t j = 0; j < t.n; ++j) {
+      const Int key = Int(j);
+      VecI<T> kept = (begin <= key) & (end > key);
+      if (keep && !keep[j]) kept = VecI<T>{};
+      if (k_ids) kept &= ids == Int(k_ids[j]);
+      if (t.words) kept &= (((j < 32 ? low : high) >> Int(j & 31)) & 1) != 0;
+      T* s = S + j * q.lanes + i0;
+      store(s, kept ? load(s) : splat<T>(-kInf<T>));
+    }
+  }
+}
+
+// dead[j]: no row of the block keeps key j, so what stands in its key and value must not be touched. Returns whether there is one.
+template <typename T>
+static bool find_dead(const QueryBlock& q, const KeyTile& t, const T* S, bool* dead) {
+  bool any = false;
+  for (int64_t j = 0; j < t.n; ++j) {
+    bool alive = false;
+    for (int64_t i = 0; i < q.rows; ++i) alive |= !(S[j * q.lanes + i] == -kInf<T>);
+    dead[j] = !alive;
+    any |= !alive;
+  }
+  return any;
+}
+
+// Keys of a tile can be dead only where a mask is irregular or a bias may hold -inf; plain bands never visit such keys.
+SACCADE_FORCE bool may_hold_dead(const Params& p, const QueryBlock& q, const KeyTile& t) {
+  return !t.extra && (p.bias || (!t.whole && (q.gaps || t.words || irregular(p.mask))));
+}
+
+// Z[j][i] = 0 where dropout drops the pair, 1 / (1 - p) elsewhere.
+template <typename T>
+static void dropout_tile(const Params& p, const QueryBlock& q, const KeyTile& t, T* Z) {
+  constexpr int W = 16;
+  const uint32_t threshold = dropout_threshold(p.dropout_p);
+  const T keep = T(1 / (1 - p.dropout_p));
+  const uint32_t seed0 = uint32_t(p.seed), seed1 = uint32_t(p.seed >> 32);
+  for (int64_t i0 = 0; i0 < q.lanes; i0 += W)
+    for (int64_t group = t.j0 >> 3; group <= (t.j0 + t.n - 1) >> 3; ++group) {
+      uint32_t c[4][W];
+      for (int l = 0; l < W; ++l) {
+        c[0][l] = uint32_t(group);
+        c[1][l] = uint32_t(q.i0 + i0 + l);
+        c[2][l] = uint32_t(q.h);
+        c[3][l] = uint32_t(q.b);
+      }
+      uint32_t k0 = seed0, k1 = seed1;
+      for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1)
+        for (int l = 0; l < W; ++l) {
+          const uint64_t a = uint64_t(kPhiloxM0) * c[0][l], b = uint64_t(kPhiloxM1) * c[2][l];
+          c[0][l] = uint32_t(b >> 32) ^ c[1][l] ^ k0;
+          c[1][l] = uint32_t(b);
+          c[2][l] = uint32_t(a >> 32) ^ c[3][l] ^ k1;
+          c[3][l] = uint32_t(a);
+        }
+      const int64_t first = max64(group * 8, t.j0), last = min64(group * 8 + 8, t.j0 + t.n), lanes = min64(W, q.lanes - i0);
+      for (int64_t j = first; j < last; ++j) {
+        const uint32_t* word = c[(j & 7) >> 1];
+        const int shift = 16 * int(j & 1);
+        T* z = Z + (j - t.j0) * q.lanes + i0;
+        for (int64_t l = 0; l < lanes; ++l) z[l] = ((word[l] >> shift) & 0xFFFF) >= threshold ? keep : T(0);
+      }
+    }
+}
+
+template <typename T>
+static void multiply_tile(T* __restrict__ x, const T* __restrict__ z, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] *= z[i];
+}
+
+// The rows of a query block as a T matrix [rows][ld], zero beyond d. Used in place where dtype and layout allow.
+template <typename T>
+struct Matrix {
+  const T* p;
+  int64_t ld;
+};
+template <typename T>
+static Matrix<T> block_rows(const Rows& x, const QueryBlock& q, int64_t d, int64_t ld, T* buffer) {
+  const char* base = row_at(x, q.b, q.h, q.seq.q_begin + q.i0);
+  if (x.dtype == AccumulatorOf<T>::value && x.col == 1 && ld == d) return {reinterpret_cast<const T*>(base), x.row};
+  for (int64_t i = 0; i < q.rows; ++i) {
+    read_row(buffer + i * ld, base + i * x.row * size_of(x.dtype), x.dtype, x.col, d);
+    for (int64_t c = d; c < ld; ++c) buffer[i * ld + c] = T(0);
+  }
+  return {buffer, ld};
+}
+
+// The logits of one tile, masked. Returns whether some key of it is dead.
+template <typename M>
+static bool tile_logits(const Params& p, const QueryBlock& q, const KeyTile& t, typename M::A keys, typename M::B queries, typename M::T* S,
+                        typename M::T* cap, typename M::T* buffer, bool* dead) {
+  using T = typename M::T;
+  if (p.score == Score::kDot) {
+    M::template product<false>(t.n, q.lanes, p.head_dim, keys, queries, S, q.lanes);
+  } else if constexpr (M::kSharesTile) {
+    additive_scores<T>(p, q, t.n, keys, queries.p, S);
+  }
+  if (!bare_logits(p)) finish_logits<T>(p, q, t, S, cap, buffer);
+  if (!t.whole) apply_mask<T>(p, q, t, S);
+  return may_hold_dead(p, q, t) && find_dead<T>(q, t, S, dead);
+}
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

@@ -1,0 +1,353 @@
+// The tiled body, backward, in one pass over the pairs: five products per tile. A work item owns a run of keys of one key head and
+// meets every query block in order, so dK and dV need no partner; dQ is the ordered sum of one part per run of keys.
+#pragma once
+#include "tiled_forward.h"
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+template <typename M>
+struct BackwardBuffers {
+  using T = typename M::T;
+  using E = typename M::Element;
+  int64_t ld, ldv;  // padded row lengths of queries and dout
+  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse2, *delta, *dQ;
+  E *queries, *douts, *keys, *values, *columns, *weights, *query_rows, *dout_rows;
+  bool* dead;
+
+  BackwardBuffers(const Params& p, Arena& a) {
+    const int64_t D = p.head_dim, Dv = p.head_dim_v;
+    ld = round_up(D, M::kPad);
+    ldv = round_up(Dv, M::kPad);
+    S = a.take<T>(kBlockN * kBlockM);
+    dP = a.take<T>(kBlockN * kBlockM);
+    cap = a.take<T>(p.softcap != 0 ? kBlockN * kBlockM : 0);
+    bias = a.take<T>(p.bias ? 2 * kBlockN * kBlockM : 0);
+    Z = a.take<T>(p.dropout_p > 0 ? kBlockN * kBlockM : 0);
+    block_q = a.take<T>(kBlockM * ld);
+    block_do = a.take<T>(kBlockM * ldv);
+    block_o = a.take<T>(kBlockM * (ld > ldv ? ld : ldv));
+    lse2 = a.take<T>(kBlockM);
+    delta = a.take<T>(kBlockM);
+    dQ = a.take<T>(D * kBlockM);
+    queries = a.take<E>(M::packed_size(D, kBlockM));
+    douts = a.take<E>(M::packed_size(Dv, kBlockM));
+    keys = a.take<E>(M::rows_size(kBlockN, D));
+    values = a.take<E>(M::rows_size(kBlockN, Dv));
+    columns = a.take<E>(M::columns_size(kBlockN, D));
+    weights = a.take<E>(M::kSharesTile ? 0 : M::packed_size(kBlockN, kBlockM));
+    query_rows = a.take<E>(M::kSharesTile ? 0 : M::packed_size(kBlockM, ld));
+    dout_rows = a.take<E>(M::kSharesTile ? 0 : M::packed_size(kBlockM, ldv));
+    dead = a.take<bool>(kBlockN);
+  }
+};
+
+// A query block made ready: its operands, lse in base 2 (+inf where no weight can arise), delta = rowsum(dO * O) - dlse.
+template <typename M>
+struct BackwardBlock {
+  using T = typename M::T;
+  typename M::B queries, douts, query_rows, dout_rows;
+
+  BackwardBlock(const GradParams& p, const QueryBlock& q, BackwardBuffers<M>& w) {
+    const int64_t D = p.head_dim, Dv = p.head_dim_v;
+    const Matrix<T> qs = block_rows<T>(p.q, q, D, w.ld, w.block_q), dos = block_rows<T>(p.dout, q, Dv, w.ldv, w.block_do);
+    queries = M::pack_columns(qs.p, qs.ld, q.rows, q.lanes, D, w.queries);
+    douts = M::pack_columns(dos.p, dos.ld, q.rows, q.lanes, Dv, w.douts);
+    query_rows = M::pack_rows(qs.p, qs.ld, q.rows, w.ld, w.query_rows);
+    dout_rows = M::pack_rows(dos.p, dos.ld, q.rows, w.ldv, w.dout_rows);
+    for (int64_t i = 0; i < q.lanes; ++i) w.lse2[i] = kInf<T>, w.delta[i] = T(0);
+    if (!is_softmax(p)) return;
+    const T* lse = lse_at<T>(p, p.lse, q);
+    const T* dlse = p.dlse ? lse_at<T>(p, p.dlse, q) : nullptr;
+    const Matrix<T> outs = block_rows<T>(p.out, q, Dv, w.ldv, w.block_o);
+    for (int64_t i = 0; i < q.rows; ++i) {
+      if (lse[i] != -kInf<T>) w.lse2[i] = lse[i] * T(kLog2e);
+      Vec<T> sum{};
+      T rest = T(0);
+      int64_t d = 0;
+      for (; d + kLanes<T> <= Dv; d += kLanes<T>) sum += load(dos.p + i * dos.ld + d) * load(outs.p + i * outs.ld + d);
+      for (; d < Dv; ++d) rest += dos.p[i * dos.ld + d] * outs.p[i * outs.ld + d];
+      for (int l = 0; l < kLanes<T>; ++l) rest += sum[l];
+      w.delta[i] = rest - (dlse ? dlse[i] : T(0));
+    }
+  }
+};
+
+// w.S becomes the weights (after dropout), w.dP the gradient of the natural logits; 0 at masked pairs whatever stands in their key.
+template <typename M>
+static void weigh_tile(const GradParams& p, const QueryBlock& q, int64_t n, BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  const T factor = T(exponent_factor(p)), unit = T(exponent_factor(p) * kLn2);
+  const bool softmax = is_softmax(p), drop = p.dropout_p > 0;
+  for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
+    const Vec<T> lse2 = load(w.lse2 + i), delta = load(w.delta + i);
+    for (int64_t j = 0; j < n; ++j) {
+      T *s = w.S + j * q.lanes + i, *d = w.dP + j * q.lanes + i;
+      const Vec<T> logit = load(s), z = drop ? load(w.Z + j * q.lanes + i) : splat<T>(T(1));
+      const Vec<T> dP = drop ? load(d) * z : load(d);
+      Vec<T> weight, grad;
+      if (softmax) {
+        weight = exp2v<T>(logit * factor - lse2);
+        grad = weight * (dP - delta);
+      } else {
+        weight = activate<T>(p.activation, logit * unit);
+        grad = p.activation == Activation::kReLU ? (weight > T(0) ? dP : Vec<T>{}) : weight * (T(1) - weight) * dP;
+      }
+      store(d, logit == -kInf<T> ? Vec<T>{} : grad);
+      store(s, drop ? weight * z : weight);
+    }
+  }
+}
+
+// Operands of a key tile.
+template <typename M>
+struct TileOperands {
+  typename M::A keys, values;
+};
+
+template <typename M>
+static TileOperands<M> gradient_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const BackwardBlock<M>& block,
+                                     BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  const int64_t D = p.head_dim, Dv = p.head_dim_v, e = size_of(p.k.dtype);
+  TileOperands<M> o;
+  if (t.extra) {
+    o.keys = M::row(static_cast<const char*>(p.extra_k) + q.h * D * e, p.k.dtype, D, w.keys);
+    o.values = M::row(static_cast<const char*>(p.extra_v) + q.h * Dv * e, p.v.dtype, Dv, w.values);
+  } else {
+    o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, nullptr, w.keys);
+    o.values = M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, nullptr, w.values);
+  }
+  const bool some_dead = tile_logits<M>(p, q, t, o.keys, block.queries, w.S, w.cap, w.bias, w.dead);
+  M::template product<false>(t.n, q.lanes, Dv, o.values, block.douts, w.dP, q.lanes);
+  if (p.dropout_p > 0) dropout_tile<T>(p, q, t, w.Z);
+  weigh_tile<M>(p, q, t.n, w);
+  if (some_dead) o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, w.dead, w.keys);
+  return o;
+}
+
+// w.dP from the gradient of the logits to that of the bare score.
+template <typename M>
+static void score_gradient(const GradParams& p, const QueryBlock& q, int64_t n, BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  const T scale = T(p.scale);
+  for (int64_t x = 0; x < n * q.lanes; x += kLanes<T>) {
+    Vec<T> g = load(w.dP + x) * scale;
+    if (p.softcap != 0) {
+      const Vec<T> c = load(w.cap + x);
+      g = g * (T(1) - c * c);
+    }
+    store(w.dP + x, g);
+  }
+}
+
+template <typename T>
+SACCADE_FORCE T lane_sum(Vec<T> v) {
+  T s = T(0);
+  for (int l = 0; l < kLanes<T>; ++l) s += v[l];
+  return s;
+}
+
+// Gradients of w . phi(q + k) from w.dP; dK rows are `ld` apart.
+template <typename T>
+static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t n, Broadcast<T> keys, const T* queries, const T* dS, T* dQ,
+                              T* dK, int64_t ld, T* dW) {
+  const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
+  const T slope = T(p.slope);
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+      const T key = keys.p[j * keys.row + d * keys.col];
+      Vec<T> dk{}, dw{};
+      for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
+        const Vec<T> x = load(queries + d * q.lanes + i) + key, g = load(dS + j * q.lanes + i);
+        Vec<T> phi, slope_of;
+        if (p.score == Score::kAdditive) {
+          phi = tanhv<T>(x);
+          slope_of = T(1) - phi * phi;
+        } else {
+          phi = x > T(0) ? x : slope * x;
+          slope_of = x > T(0) ? splat<T>(T(1)) : splat<T>(slope);
+        }
+        // A masked pair has g = 0, but phi may be NaN where its key is.
+        const Vec<T> none{};
+        const Vec<T> dx = g == T(0) ? none : g * w[d] * slope_of;
+        dk += dx;
+        dw += g == T(0) ? none : g * phi;
+        store(dQ + d * q.lanes + i, load(dQ + d * q.lanes + i) + dx);
+      }
+      dK[j * ld + d] += lane_sum<T>(dk);
+      dW[d] += lane_sum<T>(dw);
+    }
+}
+
+// How many runs the keys are cut into: enough items for many cores when heads are few, by shape alone.
+static int64_t key_runs(const Params& p) {
+  const int64_t heads = p.batch * p.heads_k, wanted = 16;
+  if (heads == 0 || heads >= wanted) return 1;
+  return max64(1, min64(min64((wanted + heads - 1) / heads, 8), p.seqlen_k / 256));
+}
+static int64_t run_size(const Params& p) {
+  const int64_t runs = key_runs(p);
+  return max64(kBlockN, round_up((p.seqlen_k + runs - 1) / runs, kBlockN));
+}
+SACCADE_FORCE Interval key_run(const Params& p, int64_t run) { return {run * run_size(p), (run + 1) * run_size(p)}; }
+SACCADE_FORCE bool meets(const QueryBlock& q, Interval run) { return max64(q.keys.begin, run.begin) < min64(q.keys.end, run.end); }
+
+// Where the parts of gradients that several items contribute to lie in the workspace: [part][element], summed in order.
+template <typename T>
+struct Parts {
+  T *dQ, *rel, *weight, *extra_k, *extra_v;
+  int64_t rows;  // query rows over all sequences and heads
+
+  Parts(const GradParams& p, Arena& a) {
+    const int64_t runs = key_runs(p), parts = p.batch * runs;
+    rows = p.batch * p.heads * round_up(p.seqlen_q, kBlockM);
+    dQ = a.take<T>((p.needs & kNeedQ) && runs > 1 ? runs * rows * p.head_dim : 0);
+    rel = a.take<T>(p.needs & kNeedRelBias ? parts * p.heads * p.rel_size : 0);
+    weight = a.take<T>(p.weight ? parts * p.heads * p.head_dim : 0);
+    extra_k = a.take<T>(p.extra_k ? p.batch * p.heads * round_up(p.head_dim, 16) : 0);
+    extra_v = a.take<T>(p.extra_k ? p.batch * p.heads * round_up(p.head_dim_v, 16) : 0);
+  }
+  // O[d][i] of a query block in one part.
+  T* block(const GradParams& p, const QueryBlock& q, int64_t run) const {
+    const int64_t blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
+    return dQ + run * rows * p.head_dim + ((q.b * p.heads + q.h) * blocks + q.i0 / kBlockM) * kBlockM * p.head_dim;
+  }
+};
+
+template <typename T>
+struct KeySums {
+  T *dK, *dV;
+  int64_t ld, ldv;
+};
+
+template <typename M>
+static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const BackwardBlock<M>& block, BackwardBuffers<M>& w,
+                          KeySums<typename M::T> sums, typename M::T* dRel, typename M::T* dW) {
+  using T = typename M::T;
+  const int64_t D = p.head_dim;
+  const TileOperands<M> o = gradient_tile<M>(p, q, t, block, w);
+  const typename M::A weights = M::tile_a(w.S, q.lanes, t.n, q.rows, w.weights);
+  M::template product<true>(t.n, sums.ldv, q.rows, weights, block.dout_rows, sums.dV, sums.ldv);
+  if (dRel && !t.extra)
+    for (int64_t j = 0; j < t.n; ++j) {
+      T* r = dRel + rel_index<T>(p, q, t.j0 + j, 0);
+      for (int64_t i = 0; i < q.rows; ++i) r[-i] += w.dP[j * q.lanes + i];
+    }
+  score_gradient<M>(p, q, t.n, w);
+  if constexpr (M::kSharesTile) {
+    if (p.score != Score::kDot) {
+      additive_gradient<T>(p, q, t.n, o.keys, block.queries.p, w.dP, w.dQ, sums.dK, sums.ld, dW);
+      return;
+    }
+  }
+  if (p.needs & (kNeedK | kNeedExtraK))
+    M::template product<true>(t.n, sums.ld, q.rows, M::tile_a(w.dP, q.lanes, t.n, q.rows, w.weights), block.query_rows, sums.dK, sums.ld);
+  if (p.needs & kNeedQ)
+    M::template product<true>(D, q.lanes, t.n, M::columns(o.keys, t.n, D, w.columns), M::tile_b(w.dP, q.lanes, t.n, q.lanes, w.weights),
+                              w.dQ, q.lanes);
+}
+
+template <typename M>
+static void backward_item(const GradParams& p, int64_t item, char* scratch, char* workspace) {
+  using T = typename M::T;
+  const int64_t runs = key_runs(p), run = item % runs, hk = item / runs % p.heads_k, b = item / runs / p.heads_k;
+  const int64_t group = p.heads / p.heads_k, D = p.head_dim, Dv = p.head_dim_v;
+  const Sequence seq = sequence_of(p, b);
+  const Interval keys{key_run(p, run).begin, min64(key_run(p, run).end, seq.seqlen_k)};
+  const bool last = run + 1 == runs;  // it also takes the extra key
+  Arena arena{scratch}, shared{workspace};
+  BackwardBuffers<M> w(p, arena);
+  const Parts<T> parts(p, shared);
+  const int64_t count = max64(0, keys.end - keys.begin);
+  const int64_t held = max64(count, p.extra_k ? 1 : 0);
+  const KeySums<T> sums{arena.take<T>(held * w.ld), arena.take<T>(held * w.ldv), w.ld, w.ldv};
+  const KeySums<T> extra{arena.take<T>(w.ld), arena.take<T>(w.ldv), w.ld, w.ldv};
+  memset(sums.dK, 0, size_t(held * w.ld) * sizeof(T));
+  memset(sums.dV, 0, size_t(held * w.ldv) * sizeof(T));
+  for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
+    T* dRel = p.needs & kNeedRelBias ? parts.rel + ((b * runs + run) * p.heads + h) * p.rel_size : nullptr;
+    T* dW = p.weight ? parts.weight + ((b * runs + run) * p.heads + h) * D : nullptr;
+    if (dRel) memset(dRel, 0, size_t(p.rel_size) * sizeof(T));
+    if (dW) memset(dW, 0, size_t(D) * sizeof(T));
+    memset(extra.dK, 0, size_t(w.ld) * sizeof(T));
+    memset(extra.dV, 0, size_t(w.ldv) * sizeof(T));
+    for (int64_t m = 0; m * kBlockM < seq.seqlen_q; ++m) {
+      const QueryBlock q = query_block<T>(p, b, h, m);
+      const bool with_extra = p.extra_k && last;
+      if (!meets(q, keys) && !with_extra && runs > 1) continue;
+      memset(w.dQ, 0, size_t(D * q.lanes) * sizeof(T));
+      const BackwardBlock<M> block(p, q, w);
+      KeyTiles tiles(p, q, keys);
+      KeyTile t;
+      while (tiles.next(t)) {
+        const int64_t at = t.j0 - keys.begin;
+        backward_tile<M>(p, q, t, block, w, {sums.dK + at * w.ld, sums.dV + at * w.ldv, w.ld, w.ldv}, dRel, dW);
+      }
+      if (with_extra) backward_tile<M>(p, q, {seq.seqlen_k, 1, true, true, nullptr}, block, w, extra, dRel, dW);
+      if (!(p.needs & kNeedQ)) continue;
+      if (runs == 1)
+        store_transposed(p.dq, q, w.dQ, D, w.block_o);
+      else
+        memcpy(parts.block(p, q, run), w.dQ, size_t(D * q.lanes) * sizeof(T));
+    }
+    if (p.extra_k && last) {
+      memcpy(parts.extra_k + (b * p.heads + h) * D, extra.dK, size_t(D) * sizeof(T));
+      memcpy(parts.extra_v + (b * p.heads + h) * Dv, extra.dV, size_t(Dv) * sizeof(T));
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    if (p.needs & kNeedK)
+      write_row(row_at(p.dk, b, hk, seq.k_begin + keys.begin + j), p.dk.dtype, p.dk.col, sums.dK + j * w.ld, D);
+    if (p.needs & kNeedV)
+      write_row(row_at(p.dv, b, hk, seq.k_begin + keys.begin + j), p.dv.dtype, p.dv.col, sums.dV + j * w.ldv, Dv);
+  }
+}
+
+// dQ of one query block: its parts, added in the order of their keys.
+template <typename M>
+static void reduce_queries(const GradParams& p, int64_t item, char* scratch, char* workspace) {
+  using T = typename M::T;
+  const BlockIndex at = block_index(p, item);
+  const QueryBlock q = query_block<T>(p, at.b, at.h, at.m_block);
+  if (q.rows == 0) return;
+  Arena arena{scratch}, shared{workspace};
+  BackwardBuffers<M> w(p, arena);
+  const Parts<T> parts(p, shared);
+  const int64_t runs = key_runs(p), count = p.head_dim * q.lanes;
+  memset(w.dQ, 0, size_t(count) * sizeof(T));
+  for (int64_t run = 0; run < runs; ++run) {
+    if (!meets(q, {key_run(p, run).begin, min64(key_run(p, run).end, q.seq.seqlen_k)}) && !(p.extra_k && run + 1 == runs)) continue;
+    const T* part = parts.block(p, q, run);
+    for (int64_t x = 0; x < count; x += kLanes<T>) store(w.dQ + x, load(w.dQ + x) + load(part + x));
+  }
+  store_transposed(p.dq, q, w.dQ, p.head_dim, w.block_o);
+}
+
+template <typename T>
+static void sum_parts(const T* parts, int64_t count, int64_t part_stride, int64_t n, void* out) {
+  T* o = static_cast<T*>(out);
+  for (int64_t x = 0; x < n; ++x) {
+    T s = T(0);
+    for (int64_t c = 0; c < count; ++c) s += parts[c * part_stride + x];
+    o[x] = s;
+  }
+}
+
+// The gradients of what all sequences of a head share.
+template <typename M>
+static void reduce_heads(const GradParams& p, int64_t h, char*, char* workspace) {
+  using T = typename M::T;
+  Arena shared{workspace};
+  const Parts<T> parts(p, shared);
+  const int64_t count = p.batch * key_runs(p), R = p.rel_size, D = p.head_dim, Dv = p.head_dim_v, H = p.heads;
+  if (p.needs & kNeedRelBias) sum_parts(parts.rel + h * R, count, H * R, R, static_cast<T*>(p.drel_bias) + h * R);
+  if (p.needs & kNeedWeight) sum_parts(parts.weight + h * D, count, H * D, D, static_cast<T*>(p.dweight) + h * D);
+  if (p.needs & kNeedExtraK) sum_parts(parts.extra_k + h * D, p.batch, H * D, D, static_cast<T*>(p.dextra_k) + h * D);
+  if (p.needs & kNeedExtraV) sum_parts(parts.extra_v + h * Dv, p.batch, H * Dv, Dv, static_cast<T*>(p.dextra_v) + h * Dv);
+}
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

@@ -1,0 +1,205 @@
+// Vectors in the language's own extension, so that one source serves every instruction set. Compiled once per set, in a namespace of its own:
+// nothing here may become a weak symbol that another set's objects would share.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define SACCADE_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define SACCADE_VECTOR_BYTES 32
+#else
+#define SACCADE_VECTOR_BYTES 16
+#endif
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+constexpr int kVectorBytes = SACCADE_VECTOR_BYTES;
+template <typename T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
+  using Int = int32_t;
+};
+template <>
+struct VecOf<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t U __attribute__((vector_size(kVectorBytes)));
+  using Int = int64_t;
+};
+template <typename T>
+using Vec = typename VecOf<T>::V;
+template <typename T>
+using VecI = typename VecOf<T>::I;
+template <typename T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+#define SACCADE_FORCE static inline __attribute__((always_inline))
+
+template <typename T>
+SACCADE_FORCE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T>
+SACCADE_FORCE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <typename T>
+SACCADE_FORCE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <typename T>
+SACCADE_FORCE VecI<T> iota() {
+  VecI<T> v;
+  for (int l = 0; l < kLanes<T>; ++l) v[l] = l;
+  return v;
+}
+template <typename T>
+SACCADE_FORCE Vec<T> vmax(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <typename To, typename From>
+SACCADE_FORCE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "a change of type, not of value");
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+template <typename T>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr int kTerms = 6, kMantissa = 23, kBias = 127;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float c[kTerms] = {0.00015453162945120691f, 0.0013390863364666712f, 0.0096180825572773315f,
+                                      0.055503571142198082f,   0.24022650760568126f,   0.69314718802622876f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr int kTerms = 11, kMantissa = 52, kBias = 1023;
+  static constexpr double kMagic = 6755399441055744.0;
+  static constexpr double c[kTerms] = {4.4549605981865184e-10, 7.0725859492692237e-09, 1.0178062445845774e-07, 1.3215442587921690e-06,
+                                       1.5252733829836118e-05, 1.5403530440736051e-04, 1.3333558146416935e-03, 9.6181291076068885e-03,
+                                       5.5504108664821594e-02, 2.4022650695910098e-01, 6.9314718055994531e-01};
+};
+
+// 2^x - 1 split as q * s + (s - 1): q = 2^r - 1 without cancellation, s = 2^n, x = n + r, |r| <= 1/2.
+template <typename T>
+SACCADE_FORCE void exp2_parts(Vec<T> x, Vec<T>& q, Vec<T>& s) {
+  using E = Exp2<T>;
+  const Vec<T> shifted = x + E::kMagic;
+  const Vec<T> r = x - (shifted - E::kMagic);
+  Vec<T> p = splat<T>(E::c[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < E::kTerms; ++i) p = p * r + E::c[i];
+  q = p * r;
+  const VecI<T> n = bits<VecI<T>>(shifted) - bits<typename VecOf<T>::Int>(E::kMagic);
+  s = bits<Vec<T>>((n + typename VecOf<T>::Int(E::kBias)) << E::kMantissa);
+}
+
+// 2^x; exactly 0 below the smallest normal number and for -inf; NaN stays NaN. x must not exceed kBias.
+template <typename T>
+SACCADE_FORCE Vec<T> exp2v(Vec<T> x) {
+  const T low = T(1 - Exp2<T>::kBias);
+  Vec<T> q, s;
+  exp2_parts<T>(x < low ? splat<T>(low) : x, q, s);
+  return x < low ? Vec<T>{} : q * s + s;
+}
+
+// tanh(x) = e / (e + 2) with e = exp(2 |x|) - 1 formed without cancellation, so that small x keep their relative precision.
+template <typename T>
+SACCADE_FORCE Vec<T> tanhv(Vec<T> x) {
+  Vec<T> a = x < T(0) ? -x : x;
+  a = a > T(20) ? splat<T>(T(20)) : a;
+  Vec<T> q, s;
+  exp2_parts<T>(a * T(2 * kLog2e), q, s);
+  const Vec<T> e = q * s + (s - T(1));
+  const Vec<T> t = e / (e + T(2));
+  return x < T(0) ? -t : t;
+}
+
+// 1 / (1 + exp(-x)).
+template <typename T>
+SACCADE_FORCE Vec<T> sigmoidv(Vec<T> x) {
+  const T high = T(Exp2<T>::kBias - 1);
+  Vec<T> y = x * T(-kLog2e);
+  y = y > high ? splat<T>(high) : y;
+  return T(1) / (T(1) + exp2v<T>(y));
+}
+
+// ---- L x L transposition by butterflies ----
+
+template <int... I>
+struct Seq {};
+template <int N, int... I>
+struct MakeSeq : MakeSeq<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeSeq<0, I...> {
+  using type = Seq<I...>;
+};
+
+template <typename T, int S, int... I>
+SACCADE_FORCE Vec<T> swap_low(Vec<T> a, Vec<T> b, Seq<I...>) {
+  return __builtin_shufflevector(a, b, ((I & S) ? (I ^ S) + kLanes<T> : I)...);
+}
+template <typename T, int S, int... I>
+SACCADE_FORCE Vec<T> swap_high(Vec<T> a, Vec<T> b, Seq<I...>) {
+  return __builtin_shufflevector(a, b, ((I & S) ? I + kLanes<T> : (I ^ S))...);
+}
+template <typename T, int S>
+SACCADE_FORCE void butterfly(Vec<T> (&r)[kLanes<T>]) {
+  using All = typename MakeSeq<kLanes<T>>::type;
+  if constexpr (S < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i)
+      if (!(i & S)) {
+        const Vec<T> a = r[i], b = r[i | S];
+        r[i] = swap_low<T, S>(a, b, All{});
+        r[i | S] = swap_high<T, S>(a, b, All{});
+      }
+    butterfly<T, S * 2>(r);
+  }
+}
+
+// dst[c][r] = src[r][c] for rows x cols; tails are scalar.
+template <typename T>
+static void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
+  constexpr int L = kLanes<T>;
+  int64_t r0 = 0;
+  for (; r0 + L <= rows; r0 += L) {
+    int64_t c0 = 0;
+    for (; c0 + L <= cols; c0 += L) {
+      Vec<T> t[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) t[i] = load(src + (r0 + i) * ld_src + c0);
+      butterfly<T, 1>(t);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(dst + (c0 + i) * ld_dst + r0, t[i]);
+    }
+    for (int i = 0; i < L; ++i)
+      for (int64_t c = c0; c < cols; ++c) dst[c * ld_dst + r0 + i] = src[(r0 + i) * ld_src + c];
+  }
+  for (; r0 < rows; ++r0)
+    for (int64_t c = 0; c < cols; ++c) dst[c * ld_dst + r0] = src[r0 * ld_src + c];
+}
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

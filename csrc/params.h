@@ -1,0 +1,110 @@
+// What one attention call is, in plain pointers and numbers: the only thing the kernels see. No torch header.
+#pragma once
+#include <stdint.h>
+
+namespace saccade {
+
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+enum class Score : int32_t { kDot, kAdditive, kGATv2 };
+enum class Activation : int32_t { kSoftmax, kReLU, kSigmoid, kSoftmax1 };
+
+constexpr int64_t kUnbounded = int64_t(1) << 62;
+constexpr int64_t kGraphTile = 64;  // rows and columns of a graph tile; one 64-bit word per row
+
+// A strided tensor of rows. Strides count elements; packed sequences ([total, H, D]) have batch stride 0.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, head = 0, row = 0, col = 1;
+};
+
+struct MaskParams {
+  int64_t band[4] = {kUnbounded, kUnbounded, kUnbounded, kUnbounded};  // left_end, right_end, left_start, right_start
+  const int64_t* head_bounds = nullptr;                                // [H, 4], replaces band
+  const int64_t* chunks = nullptr;                                     // [num_chunks, 2]: size, left
+  int64_t num_chunks = 0;
+  const int64_t* lengths = nullptr;  // [B]: keys at and beyond lengths[b] are padding
+  const bool* keep = nullptr;        // [B, Sk]
+  int64_t keep_batch = 0;
+  const int32_t* q_ids = nullptr;  // [B, Sq]
+  const int32_t* k_ids = nullptr;  // [B, Sk]
+  int64_t q_ids_batch = 0, k_ids_batch = 0;
+  const int64_t* tile_ptr = nullptr;   // [ceil(Sq / 64) + 1]
+  const int32_t* tile_col = nullptr;   // [T]
+  const uint64_t* tile_bits = nullptr; // [T, 64]: bit c of word r keeps (row r, column c) of the tile
+};
+
+struct Params {
+  int64_t batch = 0, heads = 0, heads_k = 0, seqlen_q = 0, seqlen_k = 0, head_dim = 0, head_dim_v = 0;
+  Rows q, k, v, out;
+  void* lse = nullptr;  // accumulator dtype, [B, H, Sq] or [H, total_q]
+  int64_t lse_batch = 0, lse_head = 0;
+
+  const void* bias = nullptr;  // [B, H, Sq, Sk], stride 0 where broadcast
+  DType bias_dtype = DType::kFloat32;
+  int64_t bias_stride[4] = {0, 0, 0, 0};
+  const void* rel_bias = nullptr;  // [H, rel_size] accumulator dtype; entry rel_center + j - (i + sk - sq)
+  int64_t rel_size = 0, rel_center = 0;
+  const void* weight = nullptr;  // [H, D] accumulator dtype, of the additive scores
+  const void* sink = nullptr;    // [H] accumulator dtype
+  const void* extra_k = nullptr; // [H, D] dtype of k: one more key of each head, seen by every query
+  const void* extra_v = nullptr; // [H, Dv]
+
+  const int64_t* cu_seqlens_q = nullptr;  // [B + 1], packed sequences
+  const int64_t* cu_seqlens_k = nullptr;
+  const int64_t* seqused_k = nullptr;  // [B], decode: keys in use
+  const int32_t* page_table = nullptr; // [B, pages], decode: k and v are [pages, Hk, page_size, D]
+  int64_t page_table_batch = 0, page_size = 0;
+  const int32_t* beam = nullptr;  // [B, S], decode: key j of row b lies in cache row beam[b, j]
+  int64_t beam_batch = 0;
+
+  MaskParams mask;
+  Score score = Score::kDot;
+  Activation activation = Activation::kSoftmax;
+  double scale = 1, softcap = 0, slope = 0, dropout_p = 0;
+  uint64_t seed = 0;
+};
+
+// Which gradients are wanted, by bit, in the order in which the operator returns them.
+enum Needs : int64_t {
+  kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBias = 8, kNeedRelBias = 16, kNeedWeight = 32, kNeedExtraK = 64, kNeedExtraV = 128,
+};
+
+struct GradParams : Params {
+  Rows dout, dq, dk, dv;
+  const void* dlse = nullptr;  // strides of lse
+  void* dbias = nullptr;       // accumulator dtype, contiguous, size 1 where bias_stride is 0
+  int64_t dbias_size[4] = {1, 1, 1, 1};
+  void* drel_bias = nullptr;  // [H, rel_size] accumulator dtype
+  void* dweight = nullptr;    // [H, D]
+  void* dextra_k = nullptr;   // [H, D]
+  void* dextra_v = nullptr;   // [H, Dv]
+  int64_t needs = 0;
+};
+
+struct WeightParams : Params {
+  Rows weights;      // [B, H, Sq, columns]; head stride 0 when averaged
+  bool average = false;
+  int64_t columns = 0;  // Sk, then the extra key, then softmax1's zero column
+};
+
+// One sequence of the batch: its lengths and where its rows begin in a packed tensor.
+struct Sequence {
+  int64_t seqlen_q, seqlen_k, q_begin, k_begin;
+};
+
+static inline Sequence sequence_of(const Params& p, int64_t b) {
+  Sequence s{p.seqlen_q, p.seqlen_k, 0, 0};
+  if (p.cu_seqlens_q) {
+    s.q_begin = p.cu_seqlens_q[b];
+    s.seqlen_q = p.cu_seqlens_q[b + 1] - s.q_begin;
+  }
+  if (p.cu_seqlens_k) {
+    s.k_begin = p.cu_seqlens_k[b];
+    s.seqlen_k = p.cu_seqlens_k[b + 1] - s.k_begin;
+  }
+  if (p.seqused_k) s.seqlen_k = p.seqused_k[b];
+  return s;
+}
+
+}  // namespace saccade

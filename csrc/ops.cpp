@@ -299,7 +299,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor lse = empty(lse_sizes, accumulator(call.q), call.q);
   p.out = rows_of(out);
   call.set_lse(p, lse);
-  const KernelTable& kernels = kernels_for(p.q.dtype, p.score);
+  const KernelTable kernels = kernels_for(p.q.dtype, p.score);
   run(body == 1 ? kernels.decode(p) : kernels.forward(p), p);
   give(stack, 0, out);
   give(stack, 1, lse);

@@ -88,7 +88,7 @@ static void decode_item(const Params& p, int64_t item, char* scratch, char* work
   const T factor = T(exponent_factor(p));
   Arena arena{scratch};
   DecodeBuffers<T> w(p, arena);
-  const QueryBlock first = query_block<T>(p, b, hk * group, 0);
+  const QueryBlock first = query_block<kLanes<T>>(p, b, hk * group, 0);
   const auto state = [&](int64_t g) { return decode_state<T>(((b * p.heads) + hk * group + g) * runs + run, w.ldo, workspace); };
   for (int64_t g = 0; g < group; ++g) {
     QueryBlock q = first;
@@ -130,7 +130,7 @@ static void decode_item(const Params& p, int64_t item, char* scratch, char* work
 template <typename T>
 static void decode_merge(const Params& p, int64_t item, char* scratch, char* workspace) {
   const int64_t runs = decode_runs(p), h = item % p.heads, b = item / p.heads, Dv = p.head_dim_v;
-  const QueryBlock q = query_block<T>(p, b, h, 0);
+  const QueryBlock q = query_block<kLanes<T>>(p, b, h, 0);
   if (q.rows == 0) return;
   Arena arena{scratch};
   DecodeBuffers<T> w(p, arena);

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if SACCADE_HAS_BF16 && SACCADE_HAS_AMX
+#if SACCADE_HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -26,13 +26,11 @@ SACCADE_DECLARE(avx2)
 #if SACCADE_HAS_AVX512
 SACCADE_DECLARE(avx512)
 #endif
-#if SACCADE_HAS_BF16
 SACCADE_DECLARE_BF16(portable)
-#endif
-#if SACCADE_HAS_BF16 && SACCADE_HAS_AVX512BF16
+#if SACCADE_HAS_AVX512BF16
 SACCADE_DECLARE_BF16(avx512bf16)
 #endif
-#if SACCADE_HAS_BF16 && SACCADE_HAS_AMX
+#if SACCADE_HAS_AMX
 SACCADE_DECLARE_BF16(amx)
 #endif
 
@@ -54,10 +52,10 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq");
 }
 #endif
-#if SACCADE_HAS_BF16 && SACCADE_HAS_AVX512BF16
+#if SACCADE_HAS_AVX512BF16
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
-#if SACCADE_HAS_BF16 && SACCADE_HAS_AMX
+#if SACCADE_HAS_AMX
 // Linux hands out the tile registers' state only on request (arch_prctl ARCH_REQ_XCOMP_PERM, component 18).
 bool has_amx() {
   return has_avx512bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
@@ -66,10 +64,10 @@ bool has_amx() {
 #endif
 
 const Isa kIsas[] = {
-#if SACCADE_HAS_BF16 && SACCADE_HAS_AMX
+#if SACCADE_HAS_AMX
     {"amx", has_amx, &avx512::float_kernels, &avx512::double_kernels, &amx::bf16_kernels},
 #endif
-#if SACCADE_HAS_BF16 && SACCADE_HAS_AVX512BF16
+#if SACCADE_HAS_AVX512BF16
     {"avx512bf16", has_avx512bf16, &avx512::float_kernels, &avx512::double_kernels, &avx512bf16::bf16_kernels},
 #endif
 #if SACCADE_HAS_AVX512
@@ -79,10 +77,8 @@ const Isa kIsas[] = {
     {"avx2", has_avx2, &avx2::float_kernels, &avx2::double_kernels, nullptr},
 #endif
     {"portable", always, &portable::float_kernels, &portable::double_kernels, nullptr},
-#if SACCADE_HAS_BF16
     // Never chosen: the bf16 tile code on plain C++ tiles, so that its logic is tested on any processor.
     {"emulated_bf16", always, &portable::float_kernels, &portable::double_kernels, &portable::bf16_kernels},
-#endif
 };
 
 const Isa* find(const char* name) {
@@ -104,11 +100,15 @@ const Isa*& current() {
 
 }  // namespace
 
-const KernelTable& kernels_for(DType t, Score score) {
+KernelTable kernels_for(DType t, Score score) {
   const Isa& isa = *current();
   if (t == DType::kFloat64) return *isa.double_kernels;
-  if (t == DType::kBFloat16 && score == Score::kDot && isa.bf16_kernels) return *isa.bf16_kernels;
-  return *isa.float_kernels;
+  KernelTable table = *isa.float_kernels;
+  if (t == DType::kBFloat16 && score == Score::kDot && isa.bf16_kernels) {
+    table.forward = isa.bf16_kernels->forward;
+    table.backward = isa.bf16_kernels->backward;
+  }
+  return table;
 }
 
 bool force_isa(const char* name) {

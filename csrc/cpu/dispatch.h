@@ -5,7 +5,7 @@
 namespace saccade {
 
 // The kernels for tensors of dtype `t` with this score, in the best instruction set this processor has or the one forced.
-const KernelTable& kernels_for(DType t, Score score);
+KernelTable kernels_for(DType t, Score score);
 
 // Forces an instruction set by name ("" returns to the best); returns false, changing nothing, when the name is unknown or unsupported here.
 bool force_isa(const char* name);

@@ -8,11 +8,17 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
+// What bf16 needs around a work item (AMX's tile configuration); nothing here.
+struct NoScope {
+  NoScope() {}
+};
+
 template <typename Acc>
 struct Plain {
   using T = Acc;
   using Element = Acc;
   using A = Broadcast<T>;
+  using Scope = NoScope;
   struct B {
     const T* p;
     int64_t ld;

@@ -41,7 +41,8 @@ struct QueryBlock {
   int64_t begin[kBlockM], end[kBlockM];
 };
 
-template <typename T>
+// Lanes come in multiples of Pad.
+template <int64_t Pad>
 static QueryBlock query_block(const Params& p, int64_t b, int64_t h, int64_t m_block) {
   QueryBlock q;
   q.b = b;
@@ -50,7 +51,7 @@ static QueryBlock query_block(const Params& p, int64_t b, int64_t h, int64_t m_b
   q.seq = sequence_of(p, b);
   q.i0 = m_block * kBlockM;
   q.rows = max64(0, min64(kBlockM, q.seq.seqlen_q - q.i0));
-  q.lanes = round_up(q.rows, kLanes<T>);
+  q.lanes = round_up(q.rows, Pad);
   q.keys = {INT64_MAX, 0};
   q.shared = {0, INT64_MAX};
   q.gaps = false;

@@ -30,7 +30,7 @@ struct BackwardBuffers {
     block_o = a.take<T>(kBlockM * (ld > ldv ? ld : ldv));
     lse2 = a.take<T>(kBlockM);
     delta = a.take<T>(kBlockM);
-    dQ = a.take<T>(D * kBlockM);
+    dQ = a.take<T>(round_up(D, kRowPad) * kBlockM);
     queries = a.take<E>(M::packed_size(D, kBlockM));
     douts = a.take<E>(M::packed_size(Dv, kBlockM));
     keys = a.take<E>(M::rows_size(kBlockN, D));
@@ -257,13 +257,14 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
   const Sequence seq = sequence_of(p, b);
   const Interval keys{key_run(p, run).begin, min64(key_run(p, run).end, seq.seqlen_k)};
   const bool last = run + 1 == runs;  // it also takes the extra key
+  const typename M::Scope scope;
   Arena arena{scratch}, shared{workspace};
   BackwardBuffers<M> w(p, arena);
   const Parts<T> parts(p, shared);
   const int64_t count = max64(0, keys.end - keys.begin);
-  const int64_t held = max64(count, p.extra_k ? 1 : 0);
+  const int64_t held = count + kRowPad;
   const KeySums<T> sums{arena.take<T>(held * w.ld), arena.take<T>(held * w.ldv), w.ld, w.ldv};
-  const KeySums<T> extra{arena.take<T>(w.ld), arena.take<T>(w.ldv), w.ld, w.ldv};
+  const KeySums<T> extra{arena.take<T>(kRowPad * w.ld), arena.take<T>(kRowPad * w.ldv), w.ld, w.ldv};
   memset(sums.dK, 0, size_t(held * w.ld) * sizeof(T));
   memset(sums.dV, 0, size_t(held * w.ldv) * sizeof(T));
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
@@ -271,10 +272,10 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
     T* dW = p.weight ? parts.weight + ((b * runs + run) * p.heads + h) * D : nullptr;
     if (dRel) memset(dRel, 0, size_t(p.rel_size) * sizeof(T));
     if (dW) memset(dW, 0, size_t(D) * sizeof(T));
-    memset(extra.dK, 0, size_t(w.ld) * sizeof(T));
-    memset(extra.dV, 0, size_t(w.ldv) * sizeof(T));
+    memset(extra.dK, 0, size_t(kRowPad * w.ld) * sizeof(T));
+    memset(extra.dV, 0, size_t(kRowPad * w.ldv) * sizeof(T));
     for (int64_t m = 0; m * kBlockM < seq.seqlen_q; ++m) {
-      const QueryBlock q = query_block<T>(p, b, h, m);
+      const QueryBlock q = query_block<M::kPad>(p, b, h, m);
       const bool with_extra = p.extra_k && last;
       if (!meets(q, keys) && !with_extra && runs > 1) continue;
       memset(w.dQ, 0, size_t(D * q.lanes) * sizeof(T));
@@ -310,7 +311,7 @@ template <typename M>
 static void reduce_queries(const GradParams& p, int64_t item, char* scratch, char* workspace) {
   using T = typename M::T;
   const BlockIndex at = block_index(p, item);
-  const QueryBlock q = query_block<T>(p, at.b, at.h, at.m_block);
+  const QueryBlock q = query_block<M::kPad>(p, at.b, at.h, at.m_block);
   if (q.rows == 0) return;
   Arena arena{scratch}, shared{workspace};
   BackwardBuffers<M> w(p, arena);

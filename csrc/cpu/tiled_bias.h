@@ -46,6 +46,7 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
   const int64_t bh = item / items.key_blocks / items.row_blocks, h0 = bh % p.dbias_size[1], b0 = bh / p.dbias_size[1];
   const int64_t rows = p.dbias_size[2], keys = p.dbias_size[3];
   const bool all_rows = rows == 1;
+  const typename M::Scope scope;
   Arena arena{scratch};
   BackwardBuffers<M> w(p, arena);
   T* out = static_cast<T*>(p.dbias) + ((b0 * p.dbias_size[1] + h0) * rows + (all_rows ? 0 : row_block * kBlockM)) * keys;
@@ -59,7 +60,7 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
   for (int64_t b = b0; b < b_end; ++b)
     for (int64_t h = h0; h < h_end; ++h)
       for (int64_t m = row_block; m * kBlockM < p.seqlen_q; m += all_rows ? 1 : p.seqlen_q) {
-        const QueryBlock q = query_block<T>(p, b, h, m);
+        const QueryBlock q = query_block<M::kPad>(p, b, h, m);
         KeyTiles tiles(p, q, within);
         KeyTile t;
         if (tiles.limit.begin >= tiles.limit.end) continue;
@@ -78,11 +79,11 @@ static Plan<GradParams> backward_plan(const GradParams& p) {
   Arena scratch{nullptr}, shared{nullptr};
   const BackwardBuffers<M> w(p, scratch);
   const Parts<T> parts(p, shared);
-  const int64_t held = max64(min64(run_size(p), p.seqlen_k), p.extra_k ? 1 : 0);
+  const int64_t held = min64(run_size(p), p.seqlen_k) + kRowPad;
   scratch.take<T>(held * w.ld);
   scratch.take<T>(held * w.ldv);
-  scratch.take<T>(w.ld);
-  scratch.take<T>(w.ldv);
+  scratch.take<T>(kRowPad * w.ld);
+  scratch.take<T>(kRowPad * w.ldv);
   plan.scratch_bytes = scratch.used;
   plan.workspace_bytes = shared.used;
   if (p.needs & ~int64_t(kNeedBias)) {

@@ -7,6 +7,9 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
+// Products may write whole register tiles of rows: results that they add into are padded to this many.
+constexpr int64_t kRowPad = 16;
+
 // Running softmax of a query block: m in units of S, l = sum of 2^((S - m) factor), O[d][i] unnormalised.
 template <typename T>
 struct State {
@@ -34,7 +37,7 @@ struct ForwardBuffers {
     values = a.take<E>(M::rows_size(kBlockN, Dv));
     columns = a.take<E>(M::columns_size(kBlockN, Dv));
     weights = a.take<E>(M::kSharesTile ? 0 : M::packed_size(kBlockN, kBlockM));
-    state = {a.take<T>(kBlockM), a.take<T>(kBlockM), a.take<T>(Dv * kBlockM)};
+    state = {a.take<T>(kBlockM), a.take<T>(kBlockM), a.take<T>(round_up(Dv, kRowPad) * kBlockM)};
     dead = a.take<bool>(kBlockN);
   }
 };
@@ -175,9 +178,12 @@ static Interval split_keys(const Params& p, int64_t split, int64_t splits) {
   const int64_t size = round_up((p.seqlen_k + splits - 1) / splits, kBlockN);
   return {split * size, split + 1 == splits ? INT64_MAX : (split + 1) * size};
 }
+static int64_t partial_size(const Params& p) {
+  return kBlockM * (round_up(p.head_dim_v, kRowPad) + 2);
+}
 template <typename T>
 static State<T> partial_state(const Params& p, int64_t index, char* workspace) {
-  T* at = reinterpret_cast<T*>(workspace) + index * kBlockM * (p.head_dim_v + 2);
+  T* at = reinterpret_cast<T*>(workspace) + index * partial_size(p);
   return {at, at + kBlockM, at + 2 * kBlockM};
 }
 
@@ -196,8 +202,9 @@ static void forward_item(const Params& p, int64_t item, char* scratch, char* wor
   using T = typename M::T;
   const int64_t splits = forward_splits(p), split = item % splits;
   const BlockIndex at = block_index(p, item / splits);
-  const QueryBlock q = query_block<T>(p, at.b, at.h, at.m_block);
+  const QueryBlock q = query_block<M::kPad>(p, at.b, at.h, at.m_block);
   if (q.rows == 0) return;
+  const typename M::Scope scope;
   Arena arena{scratch};
   ForwardBuffers<M> w(p, arena);
   if (splits > 1) w.state = partial_state<T>(p, item, workspace);
@@ -219,7 +226,7 @@ static void merge_item(const Params& p, int64_t item, char* scratch, char* works
   using T = typename M::T;
   const int64_t splits = forward_splits(p);
   const BlockIndex at = block_index(p, item);
-  const QueryBlock q = query_block<T>(p, at.b, at.h, at.m_block);
+  const QueryBlock q = query_block<M::kPad>(p, at.b, at.h, at.m_block);
   if (q.rows == 0) return;
   Arena arena{scratch};
   ForwardBuffers<M> w(p, arena);
@@ -256,7 +263,7 @@ static Plan<Params> forward_plan(const Params& p) {
   const int64_t blocks = p.batch * p.heads * ((p.seqlen_q + kBlockM - 1) / kBlockM), splits = forward_splits(p);
   plan.add(blocks * splits, &forward_item<M>);
   if (splits > 1) {
-    plan.workspace_bytes = size_t(blocks * splits * kBlockM * (p.head_dim_v + 2)) * sizeof(T);
+    plan.workspace_bytes = size_t(blocks * splits * partial_size(p)) * sizeof(T);
     plan.add(blocks, &merge_item<M>);
   }
   return plan;

@@ -73,7 +73,7 @@ static void weights_item(const WeightParams& p, int64_t item, char* scratch, cha
   Arena arena{scratch};
   WeightBuffers<M> w(p, arena);
   memset(w.rows, 0, size_t(kBlockM * p.columns) * sizeof(T));
-  for (int64_t h = h0; h < (p.average ? p.heads : h0 + 1); ++h) add_weights<M>(p, query_block<T>(p, b, h, m), w);
+  for (int64_t h = h0; h < (p.average ? p.heads : h0 + 1); ++h) add_weights<M>(p, query_block<M::kPad>(p, b, h, m), w);
   const T share = T(1) / T(p.average ? p.heads : 1);
   const int64_t rows = min64(kBlockM, p.seqlen_q - m * kBlockM);
   for (int64_t i = 0; i < rows; ++i) {

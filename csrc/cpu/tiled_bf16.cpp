@@ -1,0 +1,16 @@
+// The tiled body with bf16 products and fp32 sums: AMX tiles, AVX512-BF16 dot products, or (portable) their emulation.
+#include "operands_bf16.h"
+#include "tiled_bias.h"
+
+#define SACCADE_TEXT_(x) #x
+#define SACCADE_TEXT(x) SACCADE_TEXT_(x)
+
+namespace saccade {
+namespace SACCADE_ISA {
+
+// weights and decode read each key once per call: the fp32 bodies, which widen as they read, lose nothing there.
+extern const KernelTable bf16_kernels;
+const KernelTable bf16_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Bf16>, &backward_plan<Bf16>, nullptr, nullptr};
+
+}  // namespace SACCADE_ISA
+}  // namespace saccade

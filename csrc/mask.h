@@ -1,4 +1,5 @@
-// The mask in C++: which keys a query keeps. The definition is Mask.keep in python/saccade/masks.py; tests compare the two.
+// The mask in C++: which keys a query keeps. The definition is Mask.keep in python/saccade/masks.py; tests
+// compare the two.
 #pragma once
 #include "params.h"
 
@@ -10,7 +11,9 @@
 
 namespace saccade {
 
-SACCADE_INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a % b < 0) != (b < 0)); }
+SACCADE_INLINE int64_t floor_div(int64_t a, int64_t b) {
+  return a / b - (a % b != 0 && (a % b < 0) != (b < 0));
+}
 SACCADE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 SACCADE_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -20,7 +23,8 @@ struct Interval {
 };
 
 // Bands, chunks and lengths keep an interval of keys; both ends never fall from a row to the next.
-SACCADE_INLINE Interval row_interval(const MaskParams& m, int64_t b, int64_t h, int64_t i, int64_t seqlen_q, int64_t seqlen_k) {
+SACCADE_INLINE Interval row_interval(const MaskParams& m, int64_t b, int64_t h, int64_t i, int64_t seqlen_q,
+                                     int64_t seqlen_k) {
   const int64_t* band = m.head_bounds ? m.head_bounds + 4 * h : m.band;
   const int64_t pos = i + seqlen_k - seqlen_q;
   int64_t first = max64(0, max64(pos - band[0], i - band[2]));

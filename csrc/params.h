@@ -19,9 +19,10 @@ struct Rows {
 };
 
 struct MaskParams {
-  int64_t band[4] = {kUnbounded, kUnbounded, kUnbounded, kUnbounded};  // left_end, right_end, left_start, right_start
-  const int64_t* head_bounds = nullptr;                                // [H, 4], replaces band
-  const int64_t* chunks = nullptr;                                     // [num_chunks, 2]: size, left
+  int64_t band[4] = {kUnbounded, kUnbounded, kUnbounded,
+                     kUnbounded};        // left_end, right_end, left_start, right_start
+  const int64_t* head_bounds = nullptr;  // [H, 4], replaces band
+  const int64_t* chunks = nullptr;       // [num_chunks, 2]: size, left
   int64_t num_chunks = 0;
   const int64_t* lengths = nullptr;  // [B]: keys at and beyond lengths[b] are padding
   const bool* keep = nullptr;        // [B, Sk]
@@ -29,9 +30,9 @@ struct MaskParams {
   const int32_t* q_ids = nullptr;  // [B, Sq]
   const int32_t* k_ids = nullptr;  // [B, Sk]
   int64_t q_ids_batch = 0, k_ids_batch = 0;
-  const int64_t* tile_ptr = nullptr;   // [ceil(Sq / 64) + 1]
-  const int32_t* tile_col = nullptr;   // [T]
-  const uint64_t* tile_bits = nullptr; // [T, 64]: bit c of word r keeps (row r, column c) of the tile
+  const int64_t* tile_ptr = nullptr;    // [ceil(Sq / 64) + 1]
+  const int32_t* tile_col = nullptr;    // [T]
+  const uint64_t* tile_bits = nullptr;  // [T, 64]: bit c of word r keeps (row r, column c) of the tile
 };
 
 struct Params {
@@ -45,15 +46,15 @@ struct Params {
   int64_t bias_stride[4] = {0, 0, 0, 0};
   const void* rel_bias = nullptr;  // [H, rel_size] accumulator dtype; entry rel_center + j - (i + sk - sq)
   int64_t rel_size = 0, rel_center = 0;
-  const void* weight = nullptr;  // [H, D] accumulator dtype, of the additive scores
-  const void* sink = nullptr;    // [H] accumulator dtype
-  const void* extra_k = nullptr; // [H, D] dtype of k: one more key of each head, seen by every query
-  const void* extra_v = nullptr; // [H, Dv]
+  const void* weight = nullptr;   // [H, D] accumulator dtype, of the additive scores
+  const void* sink = nullptr;     // [H] accumulator dtype
+  const void* extra_k = nullptr;  // [H, D] dtype of k: one more key of each head, seen by every query
+  const void* extra_v = nullptr;  // [H, Dv]
 
   const int64_t* cu_seqlens_q = nullptr;  // [B + 1], packed sequences
   const int64_t* cu_seqlens_k = nullptr;
-  const int64_t* seqused_k = nullptr;  // [B], decode: keys in use
-  const int32_t* page_table = nullptr; // [B, pages], decode: k and v are [pages, Hk, page_size, D]
+  const int64_t* seqused_k = nullptr;   // [B], decode: keys in use
+  const int32_t* page_table = nullptr;  // [B, pages], decode: k and v are [pages, Hk, page_size, D]
   int64_t page_table_batch = 0, page_size = 0;
   const int32_t* beam = nullptr;  // [B, S], decode: key j of row b lies in cache row beam[b, j]
   int64_t beam_batch = 0;
@@ -67,7 +68,14 @@ struct Params {
 
 // Which gradients are wanted, by bit, in the order in which the operator returns them.
 enum Needs : int64_t {
-  kNeedQ = 1, kNeedK = 2, kNeedV = 4, kNeedBias = 8, kNeedRelBias = 16, kNeedWeight = 32, kNeedExtraK = 64, kNeedExtraV = 128,
+  kNeedQ = 1,
+  kNeedK = 2,
+  kNeedV = 4,
+  kNeedBias = 8,
+  kNeedRelBias = 16,
+  kNeedWeight = 32,
+  kNeedExtraK = 64,
+  kNeedExtraV = 128,
 };
 
 struct GradParams : Params {
@@ -83,10 +91,30 @@ struct GradParams : Params {
 };
 
 struct WeightParams : Params {
-  Rows weights;      // [B, H, Sq, columns]; head stride 0 when averaged
+  Rows weights;  // [B, H, Sq, columns]; head stride 0 when averaged
   bool average = false;
   int64_t columns = 0;  // Sk, then the extra key, then softmax1's zero column
 };
+
+// The gather body: a graph in CSR form, and what belongs to its edges.
+struct GatherParams : GradParams {
+  const int64_t* indptr = nullptr;    // [Sq + 1]
+  const int32_t* indices = nullptr;   // [E] key of each stored edge
+  const int64_t* edge_ids = nullptr;  // [E] the user's number of each stored edge; null where they agree
+  int64_t edges = 0;                  // stored edges
+  int64_t num_edges = 0;              // edges as the user counts them: length of edge_bias and edge_x
+  const int64_t* t_indptr = nullptr;  // [Sk + 1] the transpose
+  const int32_t* t_rows = nullptr;    // [E] query of each edge
+  const int64_t* t_edges = nullptr;   // [E] its place in the CSR
+  const void* edge_bias = nullptr;    // [H or 1, num_edges] accumulator dtype
+  int64_t edge_bias_head = 0;         // 0 or num_edges
+  Rows edge_q, edge_x, out_edge;      // [B, H, Sq, De], [num_edges, De] (row stride only), [B, H, Sq, De]
+  int64_t edge_dim = 0;               // De; 0 without edge features
+  Rows dout_edge, dedge_q;
+  void* dedge_bias = nullptr;  // as edge_bias
+  void* dedge_x = nullptr;     // [num_edges, De] accumulator dtype
+};
+enum : int64_t { kNeedEdgeBias = 256, kNeedEdgeQ = 512, kNeedEdgeX = 1024 };
 
 // One sequence of the batch: its lengths and where its rows begin in a packed tensor.
 struct Sequence {

@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): which pairs dropout keeps.
-// Key: the 64-bit seed. Counter: (j >> 3, i, h, b). Pair j reads 16-bit lane j & 7: word lane >> 1, low half first.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): which pairs dropout
+// keeps. Key: the 64-bit seed. Counter: (j >> 3, i, h, b). Pair j reads 16-bit lane j & 7: word lane >> 1,
+// low half first.
 #pragma once
 #include <stdint.h>
 
@@ -11,7 +12,8 @@
 
 namespace saccade {
 
-constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
+constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9,
+                   kPhiloxW1 = 0xBB67AE85;
 
 SACCADE_PHILOX void philox(uint64_t seed, uint32_t c[4]) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -29,7 +31,8 @@ SACCADE_PHILOX void philox(uint64_t seed, uint32_t c[4]) {
 
 SACCADE_PHILOX uint32_t dropout_threshold(double p) { return uint32_t(p * 65536.0 + 0.5); }
 
-SACCADE_PHILOX bool dropout_keeps(uint64_t seed, uint32_t threshold, int64_t b, int64_t h, int64_t i, int64_t j) {
+SACCADE_PHILOX bool dropout_keeps(uint64_t seed, uint32_t threshold, int64_t b, int64_t h, int64_t i,
+                                  int64_t j) {
   uint32_t c[4] = {uint32_t(j >> 3), uint32_t(i), uint32_t(h), uint32_t(b)};
   philox(seed, c);
   const int lane = int(j & 7);

@@ -1,5 +1,6 @@
-// The decode body: few queries, many keys. Each row of keys and values is read once for all query heads that share it; the lanes run
-// along head_dim. The keys are split into runs whose partial results are merged in order.
+// The decode body: few queries, many keys. Each row of keys and values is read once for all query heads that
+// share it; the lanes run along head_dim. The keys are split into runs whose partial results are merged in
+// order.
 #pragma once
 #include "tiled_forward.h"
 
@@ -8,32 +9,6 @@ namespace SACCADE_ISA {
 namespace {
 
 constexpr int64_t kDecodeRun = 2048;  // keys per work item
-
-// S[j][i] = q_i . k_j; one vector of partial sums per pair, summed by a transposition for kLanes keys at a time.
-template <typename T>
-static void dot_scores(int64_t n, int64_t rows, int64_t lanes, int64_t d, Broadcast<T> keys, const T* queries, int64_t ldq, T* S) {
-  constexpr int L = kLanes<T>;
-  for (int64_t j0 = 0; j0 < n; j0 += L)
-    for (int64_t i = 0; i < rows; ++i) {
-      Vec<T> sums[L];
-      for (int l = 0; l < L; ++l) {
-        Vec<T> sum{};
-        if (j0 + l < n) {
-          const T* key = keys.p + (j0 + l) * keys.row;
-          const T* query = queries + i * ldq;
-          int64_t c = 0;
-          for (; c + L <= d; c += L) sum += load(key + c) * load(query + c);
-          for (; c < d; ++c) sum[int(c % L)] += key[c] * query[c];
-        }
-        sums[l] = sum;
-      }
-      butterfly<T, 1>(sums);
-      Vec<T> total = sums[0];
-#pragma GCC unroll 16
-      for (int l = 1; l < L; ++l) total += sums[l];
-      for (int l = 0; l < L && j0 + l < n; ++l) S[(j0 + l) * lanes + i] = total[l];
-    }
-}
 
 template <typename T>
 struct DecodeBuffers {
@@ -62,12 +37,14 @@ static State<T> decode_state(int64_t index, int64_t ldo, char* workspace) {
   T* at = reinterpret_cast<T*>(workspace) + index * kBlockM * (ldo + 2);
   return {at, at + kBlockM, at + 2 * kBlockM};
 }
-SACCADE_FORCE int64_t decode_runs(const Params& p) { return max64(1, (p.seqlen_k + kDecodeRun - 1) / kDecodeRun); }
+SACCADE_FORCE int64_t decode_runs(const Params& p) {
+  return max64(1, (p.seqlen_k + kDecodeRun - 1) / kDecodeRun);
+}
 
 // n rows as a T matrix whose rows are whole vectors; in place where that is what memory holds.
 template <typename T>
-static Matrix<T> padded_rows(const Params& p, const Rows& x, const QueryBlock& q, const KeyTile& t, int64_t d, int64_t ld, const bool* dead,
-                             T* buffer) {
+static Matrix<T> padded_rows(const Params& p, const Rows& x, const QueryBlock& q, const KeyTile& t, int64_t d,
+                             int64_t ld, const bool* dead, T* buffer) {
   if (x.dtype == AccumulatorOf<T>::value && x.col == 1 && d == ld && !dead && !scattered(p))
     return {reinterpret_cast<const T*>(row_at(x, q.b, q.hk, q.seq.k_begin + t.j0)), x.row};
   for (int64_t j = 0; j < t.n; ++j) {
@@ -83,18 +60,22 @@ static Matrix<T> padded_rows(const Params& p, const Rows& x, const QueryBlock& q
 
 template <typename T>
 static void decode_item(const Params& p, int64_t item, char* scratch, char* workspace) {
-  const int64_t runs = decode_runs(p), run = item % runs, hk = item / runs % p.heads_k, b = item / runs / p.heads_k;
+  const int64_t runs = decode_runs(p), run = item % runs, hk = item / runs % p.heads_k,
+                b = item / runs / p.heads_k;
   const int64_t group = p.heads / p.heads_k, Dv = p.head_dim_v;
   const T factor = T(exponent_factor(p));
   Arena arena{scratch};
   DecodeBuffers<T> w(p, arena);
   const QueryBlock first = query_block<kLanes<T>>(p, b, hk * group, 0);
-  const auto state = [&](int64_t g) { return decode_state<T>(((b * p.heads) + hk * group + g) * runs + run, w.ldo, workspace); };
+  const auto state = [&](int64_t g) {
+    return decode_state<T>(((b * p.heads) + hk * group + g) * runs + run, w.ldo, workspace);
+  };
   for (int64_t g = 0; g < group; ++g) {
     QueryBlock q = first;
     q.h = hk * group + g;
     const Matrix<T> rows = block_rows<T>(p.q, q, p.head_dim, p.head_dim, w.buffer);
-    for (int64_t i = 0; i < q.rows; ++i) memcpy(w.queries + (g * kBlockM + i) * w.ldq, rows.p + i * rows.ld, size_t(p.head_dim) * sizeof(T));
+    for (int64_t i = 0; i < q.rows; ++i)
+      memcpy(w.queries + (g * kBlockM + i) * w.ldq, rows.p + i * rows.ld, size_t(p.head_dim) * sizeof(T));
     const State<T> s = state(g);
     for (int64_t i = 0; i < q.lanes; ++i) s.m[i] = -kInf<T>, s.l[i] = T(0);
     memset(s.O, 0, size_t(q.rows * w.ldo) * sizeof(T));
@@ -108,15 +89,16 @@ static void decode_item(const Params& p, int64_t item, char* scratch, char* work
       QueryBlock q = first;
       q.h = hk * group + g;
       const State<T> s = state(g);
-      for (int64_t j = 0; j < t.n; ++j) store(w.S + j * q.lanes + q.lanes - kLanes<T>, Vec<T>{});
-      dot_scores<T>(t.n, q.rows, q.lanes, p.head_dim, {keys.p, keys.ld, 1}, w.queries + g * kBlockM * w.ldq, w.ldq, w.S);
+      dot_scores<T>(t.n, q.rows, q.lanes, p.head_dim, keys.p, keys.ld, w.queries + g * kBlockM * w.ldq, w.ldq,
+                    w.S);
       if (!bare_logits(p)) finish_logits<T>(p, q, t, w.S, nullptr, w.bias);
       if (!t.whole) apply_mask<T>(p, q, t, w.S);
       const bool some_dead = may_hold_dead(p, q, t) && find_dead<T>(q, t, w.S, w.dead);
       if (is_softmax(p)) {
         if (softmax_tile(w.S, t.n, q.lanes, s.m, s.l, w.alpha, factor))
           for (int64_t i = 0; i < q.rows; ++i)
-            for (int64_t c = 0; c < w.ldo; c += kLanes<T>) store(s.O + i * w.ldo + c, load(s.O + i * w.ldo + c) * w.alpha[i]);
+            for (int64_t c = 0; c < w.ldo; c += kLanes<T>)
+              store(s.O + i * w.ldo + c, load(s.O + i * w.ldo + c) * w.alpha[i]);
       } else {
         activate_tile(p.activation, w.S, t.n * q.lanes, T(exponent_factor(p) * kLn2));
       }

@@ -10,14 +10,15 @@
 
 namespace saccade {
 
-#define SACCADE_DECLARE(isa)                \
-  namespace isa {                           \
-  extern const KernelTable float_kernels;   \
-  extern const KernelTable double_kernels;  \
-  }
-#define SACCADE_DECLARE_BF16(isa)          \
+#define SACCADE_DECLARE(isa)               \
   namespace isa {                          \
-  extern const KernelTable bf16_kernels;   \
+  extern const KernelTable float_kernels;  \
+  extern const KernelTable double_kernels; \
+  extern const GatherTable gather_kernels; \
+  }
+#define SACCADE_DECLARE_BF16(isa)        \
+  namespace isa {                        \
+  extern const KernelTable bf16_kernels; \
   }
 SACCADE_DECLARE(portable)
 #if SACCADE_HAS_AVX2
@@ -39,17 +40,21 @@ namespace {
 struct Isa {
   const char* name;
   bool (*supported)();
-  const KernelTable *float_kernels, *double_kernels, *bf16_kernels;  // bf16_kernels null: bf16 is widened to float
+  const KernelTable *float_kernels, *double_kernels,
+      *bf16_kernels;  // bf16_kernels null: bf16 is widened to float
+  const GatherTable* gather;
 };
 
 bool always() { return true; }
 #if SACCADE_HAS_AVX2
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 #endif
 #if SACCADE_HAS_AVX512
 bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 #endif
 #if SACCADE_HAS_AVX512BF16
@@ -65,20 +70,24 @@ bool has_amx() {
 
 const Isa kIsas[] = {
 #if SACCADE_HAS_AMX
-    {"amx", has_amx, &avx512::float_kernels, &avx512::double_kernels, &amx::bf16_kernels},
+    {"amx", has_amx, &avx512::float_kernels, &avx512::double_kernels, &amx::bf16_kernels,
+     &avx512::gather_kernels},
 #endif
 #if SACCADE_HAS_AVX512BF16
-    {"avx512bf16", has_avx512bf16, &avx512::float_kernels, &avx512::double_kernels, &avx512bf16::bf16_kernels},
+    {"avx512bf16", has_avx512bf16, &avx512::float_kernels, &avx512::double_kernels, &avx512bf16::bf16_kernels,
+     &avx512::gather_kernels},
 #endif
 #if SACCADE_HAS_AVX512
-    {"avx512", has_avx512, &avx512::float_kernels, &avx512::double_kernels, nullptr},
+    {"avx512", has_avx512, &avx512::float_kernels, &avx512::double_kernels, nullptr, &avx512::gather_kernels},
 #endif
 #if SACCADE_HAS_AVX2
-    {"avx2", has_avx2, &avx2::float_kernels, &avx2::double_kernels, nullptr},
+    {"avx2", has_avx2, &avx2::float_kernels, &avx2::double_kernels, nullptr, &avx2::gather_kernels},
 #endif
-    {"portable", always, &portable::float_kernels, &portable::double_kernels, nullptr},
+    {"portable", always, &portable::float_kernels, &portable::double_kernels, nullptr,
+     &portable::gather_kernels},
     // Never chosen: the bf16 tile code on plain C++ tiles, so that its logic is tested on any processor.
-    {"emulated_bf16", always, &portable::float_kernels, &portable::double_kernels, &portable::bf16_kernels},
+    {"emulated_bf16", always, &portable::float_kernels, &portable::double_kernels, &portable::bf16_kernels,
+     &portable::gather_kernels},
 };
 
 const Isa* find(const char* name) {
@@ -110,6 +119,8 @@ KernelTable kernels_for(DType t, Score score) {
   }
   return table;
 }
+
+const GatherTable& gather_kernels() { return *current()->gather; }
 
 bool force_isa(const char* name) {
   const Isa* isa = find(name);

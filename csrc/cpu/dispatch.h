@@ -4,10 +4,13 @@
 
 namespace saccade {
 
-// The kernels for tensors of dtype `t` with this score, in the best instruction set this processor has or the one forced.
+// The kernels for tensors of dtype `t` with this score, in the best instruction set this processor has or the
+// one forced.
 KernelTable kernels_for(DType t, Score score);
+const GatherTable& gather_kernels();
 
-// Forces an instruction set by name ("" returns to the best); returns false, changing nothing, when the name is unknown or unsupported here.
+// Forces an instruction set by name ("" returns to the best); returns false, changing nothing, when the name
+// is unknown or unsupported here.
 bool force_isa(const char* name);
 // The set in use, and the i-th supported one (null past the end), best first.
 const char* current_isa();

@@ -1,5 +1,5 @@
-// C[m][n] (+)= sum_k A(m, k) B[k][n]: the one product of every tile. The lanes run along n, A is broadcast, so A may have any strides
-// and needs no packing; B and C are rows of whole vectors.
+// C[m][n] (+)= sum_k A(m, k) B[k][n]: the one product of every tile. The lanes run along n, A is broadcast,
+// so A may have any strides and needs no packing; B and C are rows of whole vectors.
 #pragma once
 #include "vec.h"
 
@@ -27,8 +27,8 @@ struct Broadcast {
 };
 
 template <typename T, int M, int NV, bool Add>
-static void gemm_block(int64_t K, const T* __restrict__ a, int64_t a_row, int64_t a_col, const T* __restrict__ b, int64_t ldb,
-                       T* __restrict__ c, int64_t ldc) {
+static void gemm_block(int64_t K, const T* __restrict__ a, int64_t a_row, int64_t a_col,
+                       const T* __restrict__ b, int64_t ldb, T* __restrict__ c, int64_t ldc) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[M][NV];
 #pragma GCC unroll 16
@@ -68,12 +68,14 @@ template <typename T, int NV, bool Add>
 static void gemm_panel(int64_t M, int64_t K, Broadcast<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int R = kBlockRows[NV];
   int64_t m = 0;
-  for (; m + R <= M; m += R) gemm_block<T, R, NV, Add>(K, a.p + m * a.row, a.row, a.col, b, ldb, c + m * ldc, ldc);
+  for (; m + R <= M; m += R)
+    gemm_block<T, R, NV, Add>(K, a.p + m * a.row, a.row, a.col, b, ldb, c + m * ldc, ldc);
   gemm_tail<T, R - 1, NV, Add>(M - m, K, {a.p + m * a.row, a.row, a.col}, b, ldb, c + m * ldc, ldc);
 }
 
 template <typename T, int NV, bool Add>
-static void gemm_last(int64_t nv, int64_t M, int64_t K, Broadcast<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+static void gemm_last(int64_t nv, int64_t M, int64_t K, Broadcast<T> a, const T* b, int64_t ldb, T* c,
+                      int64_t ldc) {
   if constexpr (NV > 0) {
     if (nv == NV)
       gemm_panel<T, NV, Add>(M, K, a, b, ldb, c, ldc);
@@ -84,11 +86,42 @@ static void gemm_last(int64_t nv, int64_t M, int64_t K, Broadcast<T> a, const T*
 
 // N is a multiple of kLanes<T>.
 template <bool Add, typename T>
-static void gemm(int64_t M, int64_t N, int64_t K, Broadcast<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+static void gemm(int64_t M, int64_t N, int64_t K, Broadcast<T> a, const T* b, int64_t ldb, T* c,
+                 int64_t ldc) {
   constexpr int64_t W = kBlockVectors * kLanes<T>;
   int64_t n = 0;
   for (; n + W <= N; n += W) gemm_panel<T, kBlockVectors, Add>(M, K, a, b + n, ldb, c + n, ldc);
   gemm_last<T, kBlockVectors - 1, Add>((N - n) / kLanes<T>, M, K, a, b + n, ldb, c + n, ldc);
+}
+
+// S[j][i] = key_j . query_i for the few rows of a narrow block, the lanes along d: one vector of partial sums
+// per pair, summed by a transposition for kLanes keys at a time. Both operands have contiguous rows. Lanes
+// beyond `rows` become 0.
+template <typename T>
+static void dot_scores(int64_t n, int64_t rows, int64_t lanes, int64_t d, const T* keys, int64_t ldk,
+                       const T* queries, int64_t ldq, T* S) {
+  constexpr int L = kLanes<T>;
+  for (int64_t j = 0; j < n; ++j) memset(S + j * lanes + rows, 0, size_t(lanes - rows) * sizeof(T));
+  for (int64_t j0 = 0; j0 < n; j0 += L)
+    for (int64_t i = 0; i < rows; ++i) {
+      Vec<T> sums[L];
+      for (int l = 0; l < L; ++l) {
+        Vec<T> sum{};
+        if (j0 + l < n) {
+          const T* key = keys + (j0 + l) * ldk;
+          const T* query = queries + i * ldq;
+          int64_t c = 0;
+          for (; c + L <= d; c += L) sum += load(key + c) * load(query + c);
+          for (; c < d; ++c) sum[int(c % L)] += key[c] * query[c];
+        }
+        sums[l] = sum;
+      }
+      butterfly<T, 1>(sums);
+      Vec<T> total = sums[0];
+#pragma GCC unroll 16
+      for (int l = 1; l < L; ++l) total += sums[l];
+      for (int l = 0; l < L && j0 + l < n; ++l) S[(j0 + l) * lanes + i] = total[l];
+    }
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// What a compiled kernel offers to ops.cpp: its work as numbered items that may run on any thread in any order, phase after phase.
-// How the work is split depends on shapes alone, so results repeat bitwise for any number of threads.
+// What a compiled kernel offers to ops.cpp: its work as numbered items that may run on any thread in any
+// order, phase after phase. How the work is split depends on shapes alone, so results repeat bitwise for any
+// number of threads.
 #pragma once
 #include <stddef.h>
 
@@ -15,7 +16,7 @@ struct Phase {
 
 template <typename P>
 struct Plan {
-  static constexpr int kMaxPhases = 4;
+  static constexpr int kMaxPhases = 6;
   Phase<P> phase[kMaxPhases];
   int phases = 0;
   size_t scratch_bytes = 0;    // per thread
@@ -31,6 +32,12 @@ struct KernelTable {
   Plan<GradParams> (*backward)(const GradParams&);
   Plan<WeightParams> (*weights)(const WeightParams&);
   Plan<Params> (*decode)(const Params&);
+};
+
+// The gather body takes every dtype.
+struct GatherTable {
+  Plan<GatherParams> (*forward)(const GatherParams&);
+  Plan<GatherParams> (*backward)(const GatherParams&);
 };
 
 }  // namespace saccade

@@ -1,5 +1,6 @@
-// How tiles become operands of the product in the accumulator type itself. gemm() wants A broadcast (any strides) and B as rows of whole
-// vectors, so keys and values of the right dtype are used where they lie. The bf16 twin of this file is operands_bf16.h.
+// How tiles become operands of the product in the accumulator type itself. gemm() wants A broadcast (any
+// strides) and B as rows of whole vectors, so keys and values of the right dtype are used where they lie. The
+// bf16 twin of this file is operands_bf16.h.
 #pragma once
 #include "gemm.h"
 #include "rows.h"
@@ -13,15 +14,21 @@ struct NoScope {
   NoScope() {}
 };
 
+// With so few queries most lanes would idle: then they run along head_dim instead.
+constexpr int64_t kNarrow = 4;
+
 template <typename Acc>
 struct Plain {
   using T = Acc;
   using Element = Acc;
   using A = Broadcast<T>;
   using Scope = NoScope;
+  // `rows` is the same operand before packing, [count][ld_rows]; null where it was never in that form.
   struct B {
     const T* p;
     int64_t ld;
+    const T* rows = nullptr;
+    int64_t ld_rows = 0, count = 0;
   };
   static constexpr int64_t kPad = kLanes<T>;  // rows of B are whole vectors
   static constexpr bool kSharesTile = true;   // weights serve as operands where they stand
@@ -31,14 +38,24 @@ struct Plain {
     gemm<Add, T>(M, N, K, a, b.p, b.ld, c, ldc);
   }
 
+  static bool narrow(A a, B b) { return b.rows && b.count <= kNarrow && a.col == 1; }
+
+  // S[j][i] = a_j . b_i.
+  static void scores(int64_t n, int64_t lanes, int64_t d, A a, B b, T* S) {
+    if (narrow(a, b))
+      dot_scores<T>(n, b.count, lanes, d, a.p, a.row, b.rows, b.ld_rows, S);
+    else
+      gemm<false, T>(n, lanes, d, a, b.p, b.ld, S, lanes);
+  }
+
   // Element counts of the buffers below.
   static int64_t rows_size(int64_t n, int64_t d) { return n * d; }
   static int64_t columns_size(int64_t, int64_t) { return 0; }
   static int64_t packed_size(int64_t k, int64_t n) { return k * n; }
 
   // n rows of keys or values as A(m = row, k = column). `dead` (may be null) marks rows to be read as zeros.
-  static A rows(const Params& p, const Rows& x, const Sequence& s, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t d, const bool* dead,
-                T* buffer) {
+  static A rows(const Params& p, const Rows& x, const Sequence& s, int64_t b, int64_t h, int64_t j0,
+                int64_t n, int64_t d, const bool* dead, T* buffer) {
     if (x.dtype == AccumulatorOf<T>::value && !dead && !scattered(p))
       return {reinterpret_cast<const T*>(row_at(x, b, h, s.k_begin + j0)), x.row, x.col};
     for (int64_t j = 0; j < n; ++j) {
@@ -61,14 +78,15 @@ struct Plain {
   static B pack_columns(const T* rows, int64_t ld, int64_t count, int64_t lanes, int64_t d, T* buffer) {
     transpose(rows, ld, buffer, lanes, count, d);
     if (count < lanes)
-      for (int64_t c = 0; c < d; ++c) memset(buffer + c * lanes + count, 0, size_t(lanes - count) * sizeof(T));
-    return {buffer, lanes};
+      for (int64_t c = 0; c < d; ++c)
+        memset(buffer + c * lanes + count, 0, size_t(lanes - count) * sizeof(T));
+    return {buffer, lanes, rows, ld, count};
   }
   // B[k = row][n = column]: rows already padded to whole vectors.
-  static B pack_rows(const T* rows, int64_t ld, int64_t, int64_t, T*) { return {rows, ld}; }
+  static B pack_rows(const T* rows, int64_t ld, int64_t, int64_t, T*) { return {rows, ld, nullptr, 0, 0}; }
 
   // A tile X[j][i] as B[k = j][n = i] and as A(m = j, k = i).
-  static B tile_b(const T* x, int64_t ld, int64_t, int64_t, T*) { return {x, ld}; }
+  static B tile_b(const T* x, int64_t ld, int64_t, int64_t, T*) { return {x, ld, nullptr, 0, 0}; }
   static A tile_a(const T* x, int64_t ld, int64_t, int64_t, T*) { return {x, ld, 1}; }
 };
 

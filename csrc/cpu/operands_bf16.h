@@ -1,6 +1,7 @@
-// How tiles become operands of a bf16 product with fp32 sums: A is rows [m][k] with k contiguous, B holds pairs of k next to each other
-// ([k/2][n][2], what AMX and AVX512-BF16 both want). Twin of operands.h. The portable build emulates the product in plain C++, so that
-// packing, padding and the kernels around it are tested on any processor.
+// How tiles become operands of a bf16 product with fp32 sums: A is rows [m][k] with k contiguous, B holds
+// pairs of k next to each other
+// ([k/2][n][2], what AMX and AVX512-BF16 both want). Twin of operands.h. The portable build emulates the
+// product in plain C++, so that packing, padding and the kernels around it are tested on any processor.
 #pragma once
 #include "rows.h"
 
@@ -31,7 +32,8 @@ struct PairsBf16 {
 
 #if defined(SACCADE_ISA_AMX)
 
-// Tile registers 0..3 accumulate 32 x 32, 4 and 5 hold A, 6 and 7 hold B. The configuration lives as long as a work item.
+// Tile registers 0..3 accumulate 32 x 32, 4 and 5 hold A, 6 and 7 hold B. The configuration lives as long as
+// a work item.
 struct TileScope {
   TileScope() {
     struct alignas(64) Config {
@@ -102,13 +104,14 @@ struct TileScope {
 };
 
 template <bool Add, int MR, int NV>
-static void dot_block(int64_t K, const bf16* __restrict__ a, int64_t lda, const bf16* __restrict__ b, int64_t ldb, float* __restrict__ c,
-                      int64_t ldc) {
+static void dot_block(int64_t K, const bf16* __restrict__ a, int64_t lda, const bf16* __restrict__ b,
+                      int64_t ldb, float* __restrict__ c, int64_t ldc) {
   __m512 acc[MR][NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[m][n] = Add ? _mm512_loadu_ps(c + m * ldc + 16 * n) : _mm512_setzero_ps();
+    for (int n = 0; n < NV; ++n)
+      acc[m][n] = Add ? _mm512_loadu_ps(c + m * ldc + 16 * n) : _mm512_setzero_ps();
   for (int64_t k = 0; k < K; k += 2) {
     __m512bh bv[NV];
 #pragma GCC unroll 4
@@ -204,12 +207,19 @@ struct Bf16 {
     product_bf16<Add>(M, N, K, a, b, c, ldc);
   }
 
+  // S[j][i] = a_j . b_i.
+  static void scores(int64_t n, int64_t lanes, int64_t d, A a, B b, float* S) {
+    product_bf16<false>(n, lanes, d, a, b, S, lanes);
+  }
+
   static int64_t rows_size(int64_t n, int64_t d) { return whole(n, 16) * whole(d, 32); }
-  static int64_t columns_size(int64_t n, int64_t d) { return 2 * whole(d, 16) * whole(n, 32); }  // the result and its untransposed pairs
+  static int64_t columns_size(int64_t n, int64_t d) {
+    return 2 * whole(d, 16) * whole(n, 32);
+  }  // the result and its untransposed pairs
   static int64_t packed_size(int64_t k, int64_t n) { return 2 * whole(k, 32) * whole(n, 16); }
 
-  static A rows(const Params& p, const Rows& x, const Sequence& s, int64_t b, int64_t h, int64_t j0, int64_t n, int64_t d, const bool* dead,
-                bf16* buffer) {
+  static A rows(const Params& p, const Rows& x, const Sequence& s, int64_t b, int64_t h, int64_t j0,
+                int64_t n, int64_t d, const bool* dead, bf16* buffer) {
     if (x.col == 1 && !dead && !scattered(p) && d % kDepthStep == 0 && n % kRowStep == 0)
       return {reinterpret_cast<const bf16*>(row_at(x, b, h, s.k_begin + j0)), x.row};
     const int64_t ld = whole(d, kDepthStep);
@@ -242,11 +252,13 @@ struct Bf16 {
         memset(out, 0, size_t(d) * 4);
     }
     transpose(reinterpret_cast<const float*>(paired), d, reinterpret_cast<float*>(buffer), pairs, pairs, d);
-    if (whole(d, kRowStep) > d) memset(buffer + d * ld, 0, size_t((whole(d, kRowStep) - d) * ld) * sizeof(bf16));
+    if (whole(d, kRowStep) > d)
+      memset(buffer + d * ld, 0, size_t((whole(d, kRowStep) - d) * ld) * sizeof(bf16));
     return {buffer, ld};
   }
 
-  static B pack_columns(const float* rows, int64_t ld, int64_t count, int64_t lanes, int64_t d, bf16* buffer) {
+  static B pack_columns(const float* rows, int64_t ld, int64_t count, int64_t lanes, int64_t d,
+                        bf16* buffer) {
     const int64_t depth = whole(d, kDepthStep), pairs = depth / 2;
     bf16* narrowed = buffer + whole(d, 32) * lanes;
     for (int64_t i = 0; i < lanes; ++i) {
@@ -255,13 +267,16 @@ struct Bf16 {
       narrow_row(rows + i * ld, to, held);
       memset(to + held, 0, size_t(depth - held) * sizeof(bf16));
     }
-    transpose(reinterpret_cast<const float*>(narrowed), pairs, reinterpret_cast<float*>(buffer), lanes, lanes, pairs);
+    transpose(reinterpret_cast<const float*>(narrowed), pairs, reinterpret_cast<float*>(buffer), lanes, lanes,
+              pairs);
     return {buffer, lanes};
   }
   static B pack_rows(const float* rows, int64_t ld, int64_t count, int64_t width, bf16* buffer) {
     return pair_up(rows, ld, count, width, buffer);
   }
-  static B tile_b(const float* x, int64_t ld, int64_t n, int64_t lanes, bf16* buffer) { return pair_up(x, ld, n, lanes, buffer); }
+  static B tile_b(const float* x, int64_t ld, int64_t n, int64_t lanes, bf16* buffer) {
+    return pair_up(x, ld, n, lanes, buffer);
+  }
   static A tile_a(const float* x, int64_t ld, int64_t n, int64_t count, bf16* buffer) {
     const int64_t depth = whole(count, kDepthStep);
     for (int64_t j = 0; j < whole(n, kRowStep); ++j) {

@@ -68,17 +68,26 @@ SACCADE_FORCE void narrow(double x, half_bits& out) { narrow(float(x), out); }
 template <typename F>
 SACCADE_FORCE void with_dtype(DType t, const void* p, F f) {
   switch (t) {
-    case DType::kFloat64: f(static_cast<const double*>(p)); break;
-    case DType::kFloat32: f(static_cast<const float*>(p)); break;
-    case DType::kBFloat16: f(static_cast<const bf16*>(p)); break;
-    case DType::kFloat16: f(static_cast<const half_bits*>(p)); break;
+    case DType::kFloat64:
+      f(static_cast<const double*>(p));
+      break;
+    case DType::kFloat32:
+      f(static_cast<const float*>(p));
+      break;
+    case DType::kBFloat16:
+      f(static_cast<const bf16*>(p));
+      break;
+    case DType::kFloat16:
+      f(static_cast<const half_bits*>(p));
+      break;
   }
 }
 
 #if defined(__F16C__)
 SACCADE_FORCE void read_contiguous(float* dst, const half_bits* s, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i))));
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i))));
   for (; i < n; ++i) dst[i] = widen(s[i]);
 }
 #endif
@@ -116,7 +125,8 @@ SACCADE_FORCE char* row_at(const Rows& x, int64_t b, int64_t h, int64_t i) {
 }
 
 // Key or value row j of sequence b: in a cache it may lie on a page or in another beam's row.
-SACCADE_FORCE const char* cache_row(const Params& p, const Rows& x, const Sequence& s, int64_t b, int64_t h, int64_t j) {
+SACCADE_FORCE const char* cache_row(const Params& p, const Rows& x, const Sequence& s, int64_t b, int64_t h,
+                                    int64_t j) {
   int64_t batch = p.beam ? p.beam[b * p.beam_batch + j] : b;
   int64_t row = s.k_begin + j;
   if (p.page_table) {

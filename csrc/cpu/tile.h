@@ -1,6 +1,7 @@
-// One block of queries against one tile of keys: which tiles there are, their logits, their mask, their dropout.
-// A tile is held transposed, S[j][i]: the lanes run over queries, so the softmax over keys never crosses lanes and the weights are
-// already in the form in which the next product wants them. Derivations: docs/numerics.md.
+// One block of queries against one tile of keys: which tiles there are, their logits, their mask, their
+// dropout. A tile is held transposed, S[j][i]: the lanes run over queries, so the softmax over keys never
+// crosses lanes and the weights are already in the form in which the next product wants them. Derivations:
+// docs/numerics.md.
 #pragma once
 #include "../mask.h"
 #include "../philox.h"
@@ -19,7 +20,8 @@ constexpr T kInf = T(__builtin_inf());
 
 SACCADE_FORCE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// A bump allocator over the thread's scratch. With a null base it only counts, so one function both sizes and lays out a kernel's memory.
+// A bump allocator over the thread's scratch. With a null base it only counts, so one function both sizes and
+// lays out a kernel's memory.
 struct Arena {
   char* base;
   size_t used = 0;
@@ -34,9 +36,9 @@ struct Arena {
 struct QueryBlock {
   int64_t b, h, hk, i0, rows, lanes;
   Sequence seq;
-  Interval keys;   // every key that some row's interval holds lies here
-  Interval shared; // keys that every row's interval holds
-  bool gaps;       // some row keeps no key, so a key inside `keys` may be kept by none
+  Interval keys;    // every key that some row's interval holds lies here
+  Interval shared;  // keys that every row's interval holds
+  bool gaps;        // some row keeps no key, so a key inside `keys` may be kept by none
   int32_t id_min, id_max;
   int64_t begin[kBlockM], end[kBlockM];
 };
@@ -79,9 +81,9 @@ static QueryBlock query_block(const Params& p, int64_t b, int64_t h, int64_t m_b
 
 struct KeyTile {
   int64_t j0, n;
-  bool extra;            // the one key given by extra_k, extra_v
-  bool whole;            // every pair is kept: the mask is never looked at
-  const uint64_t* words; // graph: bit j of words[i]
+  bool extra;             // the one key given by extra_k, extra_v
+  bool whole;             // every pair is kept: the mask is never looked at
+  const uint64_t* words;  // graph: bit j of words[i]
 };
 
 // The key tiles of a query block inside [limit.begin, limit.end), in order, the empty ones left out.
@@ -118,8 +120,10 @@ struct KeyTiles {
       const int64_t j0 = int64_t(p.mask.tile_col[graph_at]) * kGraphTile;
       const int64_t begin = max64(j0, limit.begin), end = min64(j0 + kGraphTile, limit.end);
       if (begin >= end) continue;
-      // The tile keeps its place on the grid, so that bit numbers are key numbers; keys cut off by `limit` are masked.
-      t = {j0, end - j0, false, begin == j0 && j0 >= q.shared.begin && end <= q.shared.end, p.mask.tile_bits + graph_at * kGraphTile};
+      // The tile keeps its place on the grid, so that bit numbers are key numbers; keys cut off by `limit`
+      // are masked.
+      t = {j0, end - j0, false, begin == j0 && j0 >= q.shared.begin && end <= q.shared.end,
+           p.mask.tile_bits + graph_at * kGraphTile};
       const uint64_t all = t.n == 64 ? ~uint64_t(0) : (uint64_t(1) << t.n) - 1;
       for (int64_t i = 0; i < q.rows && t.whole; ++i) t.whole = (t.words[i] & all) == all;
       if (keeps_some(t)) {
@@ -129,7 +133,8 @@ struct KeyTiles {
     }
     return false;
   }
-  // Padding and segments: looks at the keys only, so that a tile no row keeps costs its keys and not its pairs.
+  // Padding and segments: looks at the keys only, so that a tile no row keeps costs its keys and not its
+  // pairs.
   bool keeps_some(KeyTile& t) const {
     const MaskParams& m = p.mask;
     if (m.keep) {
@@ -159,7 +164,8 @@ SACCADE_FORCE double exponent_factor(const Params& p) { return bare_logits(p) ? 
 
 // w . phi(q_i + k_j), phi = tanh (Bahdanau et al., arXiv 1409.0473) or leaky_relu (GATv2, arXiv 2105.14491).
 template <typename T>
-static void additive_scores(const Params& p, const QueryBlock& q, int64_t n, Broadcast<T> keys, const T* queries, T* S) {
+static void additive_scores(const Params& p, const QueryBlock& q, int64_t n, Broadcast<T> keys,
+                            const T* queries, T* S) {
   const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
   const T slope = T(p.slope);
   for (int64_t j = 0; j < n; ++j)
@@ -182,14 +188,15 @@ struct BiasTile {
 template <typename T>
 static BiasTile<T> bias_tile(const Params& p, const QueryBlock& q, const KeyTile& t, T* buffer) {
   const int64_t* st = p.bias_stride;
-  const char* base =
-      static_cast<const char*>(p.bias) + (q.b * st[0] + q.h * st[1] + q.i0 * st[2] + t.j0 * st[3]) * size_of(p.bias_dtype);
+  const char* base = static_cast<const char*>(p.bias) +
+                     (q.b * st[0] + q.h * st[1] + q.i0 * st[2] + t.j0 * st[3]) * size_of(p.bias_dtype);
   if (st[2] == 0) {
     read_row(buffer, base, p.bias_dtype, st[3], t.n);
     return {buffer, 1, 0};
   }
   T* rows = buffer + kBlockN * kBlockM;
-  for (int64_t i = 0; i < q.rows; ++i) read_row(rows + i * t.n, base + i * st[2] * size_of(p.bias_dtype), p.bias_dtype, st[3], t.n);
+  for (int64_t i = 0; i < q.rows; ++i)
+    read_row(rows + i * t.n, base + i * st[2] * size_of(p.bias_dtype), p.bias_dtype, st[3], t.n);
   for (int64_t i = q.rows; i < q.lanes; ++i) memset(rows + i * t.n, 0, size_t(t.n) * sizeof(T));
   transpose(rows, t.n, buffer, q.lanes, q.lanes, t.n);
   return {buffer, q.lanes, 1};
@@ -201,7 +208,8 @@ SACCADE_FORCE int64_t rel_index(const Params& p, const QueryBlock& q, int64_t j,
   return p.rel_center + j - (q.i0 + i + q.seq.seqlen_k - q.seq.seqlen_q);
 }
 
-// S becomes the logit in natural units. `cap` (may be null) receives tanh(scale * score / softcap), which the backward pass needs.
+// S becomes the logit in natural units. `cap` (may be null) receives tanh(scale * score / softcap), which the
+// backward pass needs.
 template <typename T>
 static void finish_logits(const Params& p, const QueryBlock& q, const KeyTile& t, T* S, T* cap, T* buffer) {
   const T scale = T(p.scale), softcap = T(p.softcap), per_cap = T(p.softcap != 0 ? p.scale / p.softcap : 0);
@@ -264,7 +272,8 @@ static void apply_mask(const Params& p, const QueryBlock& q, const KeyTile& t, T
   }
 }
 
-// dead[j]: no row of the block keeps key j, so what stands in its key and value must not be touched. Returns whether there is one.
+// dead[j]: no row of the block keeps key j, so what stands in its key and value must not be touched. Returns
+// whether there is one.
 template <typename T>
 static bool find_dead(const QueryBlock& q, const KeyTile& t, const T* S, bool* dead) {
   bool any = false;
@@ -277,7 +286,8 @@ static bool find_dead(const QueryBlock& q, const KeyTile& t, const T* S, bool* d
   return any;
 }
 
-// Keys of a tile can be dead only where a mask is irregular or a bias may hold -inf; plain bands never visit such keys.
+// Keys of a tile can be dead only where a mask is irregular or a bias may hold -inf; plain bands never visit
+// such keys.
 SACCADE_FORCE bool may_hold_dead(const Params& p, const QueryBlock& q, const KeyTile& t) {
   return !t.extra && (p.bias || (!t.whole && (q.gaps || t.words || irregular(p.mask))));
 }
@@ -307,7 +317,8 @@ static void dropout_tile(const Params& p, const QueryBlock& q, const KeyTile& t,
           c[2][l] = uint32_t(a >> 32) ^ c[3][l] ^ k1;
           c[3][l] = uint32_t(a);
         }
-      const int64_t first = max64(group * 8, t.j0), last = min64(group * 8 + 8, t.j0 + t.n), lanes = min64(W, q.lanes - i0);
+      const int64_t first = max64(group * 8, t.j0), last = min64(group * 8 + 8, t.j0 + t.n),
+                    lanes = min64(W, q.lanes - i0);
       for (int64_t j = first; j < last; ++j) {
         const uint32_t* word = c[(j & 7) >> 1];
         const int shift = 16 * int(j & 1);
@@ -322,7 +333,8 @@ static void multiply_tile(T* __restrict__ x, const T* __restrict__ z, int64_t co
   for (int64_t i = 0; i < count; ++i) x[i] *= z[i];
 }
 
-// The rows of a query block as a T matrix [rows][ld], zero beyond d. Used in place where dtype and layout allow.
+// The rows of a query block as a T matrix [rows][ld], zero beyond d. Used in place where dtype and layout
+// allow.
 template <typename T>
 struct Matrix {
   const T* p;
@@ -331,7 +343,8 @@ struct Matrix {
 template <typename T>
 static Matrix<T> block_rows(const Rows& x, const QueryBlock& q, int64_t d, int64_t ld, T* buffer) {
   const char* base = row_at(x, q.b, q.h, q.seq.q_begin + q.i0);
-  if (x.dtype == AccumulatorOf<T>::value && x.col == 1 && ld == d) return {reinterpret_cast<const T*>(base), x.row};
+  if (x.dtype == AccumulatorOf<T>::value && x.col == 1 && ld == d)
+    return {reinterpret_cast<const T*>(base), x.row};
   for (int64_t i = 0; i < q.rows; ++i) {
     read_row(buffer + i * ld, base + i * x.row * size_of(x.dtype), x.dtype, x.col, d);
     for (int64_t c = d; c < ld; ++c) buffer[i * ld + c] = T(0);
@@ -341,11 +354,12 @@ static Matrix<T> block_rows(const Rows& x, const QueryBlock& q, int64_t d, int64
 
 // The logits of one tile, masked. Returns whether some key of it is dead.
 template <typename M>
-static bool tile_logits(const Params& p, const QueryBlock& q, const KeyTile& t, typename M::A keys, typename M::B queries, typename M::T* S,
-                        typename M::T* cap, typename M::T* buffer, bool* dead) {
+static bool tile_logits(const Params& p, const QueryBlock& q, const KeyTile& t, typename M::A keys,
+                        typename M::B queries, typename M::T* S, typename M::T* cap, typename M::T* buffer,
+                        bool* dead) {
   using T = typename M::T;
   if (p.score == Score::kDot) {
-    M::template product<false>(t.n, q.lanes, p.head_dim, keys, queries, S, q.lanes);
+    M::scores(t.n, q.lanes, p.head_dim, keys, queries, S);
   } else if constexpr (M::kSharesTile) {
     additive_scores<T>(p, q, t.n, keys, queries.p, S);
   }

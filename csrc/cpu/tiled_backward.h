@@ -1,5 +1,6 @@
-// The tiled body, backward, in one pass over the pairs: five products per tile. A work item owns a run of keys of one key head and
-// meets every query block in order, so dK and dV need no partner; dQ is the ordered sum of one part per run of keys.
+// The tiled body, backward, in one pass over the pairs: five products per tile. A work item owns a run of
+// keys of one key head and meets every query block in order, so dK and dV need no partner; dQ is the ordered
+// sum of one part per run of keys.
 #pragma once
 #include "tiled_forward.h"
 
@@ -43,7 +44,8 @@ struct BackwardBuffers {
   }
 };
 
-// A query block made ready: its operands, lse in base 2 (+inf where no weight can arise), delta = rowsum(dO * O) - dlse.
+// A query block made ready: its operands, lse in base 2 (+inf where no weight can arise), delta = rowsum(dO *
+// O) - dlse.
 template <typename M>
 struct BackwardBlock {
   using T = typename M::T;
@@ -51,7 +53,8 @@ struct BackwardBlock {
 
   BackwardBlock(const GradParams& p, const QueryBlock& q, BackwardBuffers<M>& w) {
     const int64_t D = p.head_dim, Dv = p.head_dim_v;
-    const Matrix<T> qs = block_rows<T>(p.q, q, D, w.ld, w.block_q), dos = block_rows<T>(p.dout, q, Dv, w.ldv, w.block_do);
+    const Matrix<T> qs = block_rows<T>(p.q, q, D, w.ld, w.block_q),
+                    dos = block_rows<T>(p.dout, q, Dv, w.ldv, w.block_do);
     queries = M::pack_columns(qs.p, qs.ld, q.rows, q.lanes, D, w.queries);
     douts = M::pack_columns(dos.p, dos.ld, q.rows, q.lanes, Dv, w.douts);
     query_rows = M::pack_rows(qs.p, qs.ld, q.rows, w.ld, w.query_rows);
@@ -66,7 +69,8 @@ struct BackwardBlock {
       Vec<T> sum{};
       T rest = T(0);
       int64_t d = 0;
-      for (; d + kLanes<T> <= Dv; d += kLanes<T>) sum += load(dos.p + i * dos.ld + d) * load(outs.p + i * outs.ld + d);
+      for (; d + kLanes<T> <= Dv; d += kLanes<T>)
+        sum += load(dos.p + i * dos.ld + d) * load(outs.p + i * outs.ld + d);
       for (; d < Dv; ++d) rest += dos.p[i * dos.ld + d] * outs.p[i * outs.ld + d];
       for (int l = 0; l < kLanes<T>; ++l) rest += sum[l];
       w.delta[i] = rest - (dlse ? dlse[i] : T(0));
@@ -74,7 +78,8 @@ struct BackwardBlock {
   }
 };
 
-// w.S becomes the weights (after dropout), w.dP the gradient of the natural logits; 0 at masked pairs whatever stands in their key.
+// w.S becomes the weights (after dropout), w.dP the gradient of the natural logits; 0 at masked pairs
+// whatever stands in their key.
 template <typename M>
 static void weigh_tile(const GradParams& p, const QueryBlock& q, int64_t n, BackwardBuffers<M>& w) {
   using T = typename M::T;
@@ -92,7 +97,8 @@ static void weigh_tile(const GradParams& p, const QueryBlock& q, int64_t n, Back
         grad = weight * (dP - delta);
       } else {
         weight = activate<T>(p.activation, logit * unit);
-        grad = p.activation == Activation::kReLU ? (weight > T(0) ? dP : Vec<T>{}) : weight * (T(1) - weight) * dP;
+        grad = p.activation == Activation::kReLU ? (weight > T(0) ? dP : Vec<T>{})
+                                                 : weight * (T(1) - weight) * dP;
       }
       store(d, logit == -kInf<T> ? Vec<T>{} : grad);
       store(s, drop ? weight * z : weight);
@@ -107,8 +113,8 @@ struct TileOperands {
 };
 
 template <typename M>
-static TileOperands<M> gradient_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const BackwardBlock<M>& block,
-                                     BackwardBuffers<M>& w) {
+static TileOperands<M> gradient_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t,
+                                     const BackwardBlock<M>& block, BackwardBuffers<M>& w) {
   using T = typename M::T;
   const int64_t D = p.head_dim, Dv = p.head_dim_v, e = size_of(p.k.dtype);
   TileOperands<M> o;
@@ -120,7 +126,7 @@ static TileOperands<M> gradient_tile(const GradParams& p, const QueryBlock& q, c
     o.values = M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, nullptr, w.values);
   }
   const bool some_dead = tile_logits<M>(p, q, t, o.keys, block.queries, w.S, w.cap, w.bias, w.dead);
-  M::template product<false>(t.n, q.lanes, Dv, o.values, block.douts, w.dP, q.lanes);
+  M::scores(t.n, q.lanes, Dv, o.values, block.douts, w.dP);
   if (p.dropout_p > 0) dropout_tile<T>(p, q, t, w.Z);
   weigh_tile<M>(p, q, t.n, w);
   if (some_dead) o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, w.dead, w.keys);
@@ -151,8 +157,8 @@ SACCADE_FORCE T lane_sum(Vec<T> v) {
 
 // Gradients of w . phi(q + k) from w.dP; dK rows are `ld` apart.
 template <typename T>
-static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t n, Broadcast<T> keys, const T* queries, const T* dS, T* dQ,
-                              T* dK, int64_t ld, T* dW) {
+static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t n, Broadcast<T> keys,
+                              const T* queries, const T* dS, T* dQ, T* dK, int64_t ld, T* dW) {
   const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
   const T slope = T(p.slope);
   for (int64_t j = 0; j < n; ++j)
@@ -191,10 +197,15 @@ static int64_t run_size(const Params& p) {
   const int64_t runs = key_runs(p);
   return max64(kBlockN, round_up((p.seqlen_k + runs - 1) / runs, kBlockN));
 }
-SACCADE_FORCE Interval key_run(const Params& p, int64_t run) { return {run * run_size(p), (run + 1) * run_size(p)}; }
-SACCADE_FORCE bool meets(const QueryBlock& q, Interval run) { return max64(q.keys.begin, run.begin) < min64(q.keys.end, run.end); }
+SACCADE_FORCE Interval key_run(const Params& p, int64_t run) {
+  return {run * run_size(p), (run + 1) * run_size(p)};
+}
+SACCADE_FORCE bool meets(const QueryBlock& q, Interval run) {
+  return max64(q.keys.begin, run.begin) < min64(q.keys.end, run.end);
+}
 
-// Where the parts of gradients that several items contribute to lie in the workspace: [part][element], summed in order.
+// Where the parts of gradients that several items contribute to lie in the workspace: [part][element], summed
+// in order.
 template <typename T>
 struct Parts {
   T *dQ, *rel, *weight, *extra_k, *extra_v;
@@ -212,9 +223,25 @@ struct Parts {
   // O[d][i] of a query block in one part.
   T* block(const GradParams& p, const QueryBlock& q, int64_t run) const {
     const int64_t blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-    return dQ + run * rows * p.head_dim + ((q.b * p.heads + q.h) * blocks + q.i0 / kBlockM) * kBlockM * p.head_dim;
+    return dQ + run * rows * p.head_dim +
+           ((q.b * p.heads + q.h) * blocks + q.i0 / kBlockM) * kBlockM * p.head_dim;
   }
 };
+
+// A narrow block sums dQ as [row][d] with the lanes along d, any other as [d][lane].
+template <typename T>
+SACCADE_FORCE bool queries_by_rows(const Params& p, const QueryBlock& q) {
+  return q.rows <= kNarrow && p.score == Score::kDot && p.head_dim % kLanes<T> == 0 && p.k.col == 1;
+}
+template <typename M>
+static void store_queries(const GradParams& p, const QueryBlock& q, BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  if (!M::kSharesTile || !queries_by_rows<T>(p, q))
+    return store_transposed(p.dq, q, w.dQ, p.head_dim, w.block_o);
+  for (int64_t i = 0; i < q.rows; ++i)
+    write_row(row_at(p.dq, q.b, q.h, q.seq.q_begin + q.i0 + i), p.dq.dtype, p.dq.col, w.dQ + i * p.head_dim,
+              p.head_dim);
+}
 
 template <typename T>
 struct KeySums {
@@ -223,8 +250,9 @@ struct KeySums {
 };
 
 template <typename M>
-static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const BackwardBlock<M>& block, BackwardBuffers<M>& w,
-                          KeySums<typename M::T> sums, typename M::T* dRel, typename M::T* dW) {
+static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t,
+                          const BackwardBlock<M>& block, BackwardBuffers<M>& w, KeySums<typename M::T> sums,
+                          typename M::T* dRel, typename M::T* dW) {
   using T = typename M::T;
   const int64_t D = p.head_dim;
   const TileOperands<M> o = gradient_tile<M>(p, q, t, block, w);
@@ -243,16 +271,24 @@ static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTil
     }
   }
   if (p.needs & (kNeedK | kNeedExtraK))
-    M::template product<true>(t.n, sums.ld, q.rows, M::tile_a(w.dP, q.lanes, t.n, q.rows, w.weights), block.query_rows, sums.dK, sums.ld);
-  if (p.needs & kNeedQ)
-    M::template product<true>(D, q.lanes, t.n, M::columns(o.keys, t.n, D, w.columns), M::tile_b(w.dP, q.lanes, t.n, q.lanes, w.weights),
-                              w.dQ, q.lanes);
+    M::template product<true>(t.n, sums.ld, q.rows, M::tile_a(w.dP, q.lanes, t.n, q.rows, w.weights),
+                              block.query_rows, sums.dK, sums.ld);
+  if (!(p.needs & kNeedQ)) return;
+  if constexpr (M::kSharesTile) {
+    if (queries_by_rows<T>(p, q)) {
+      gemm<true, T>(q.rows, D, t.n, {w.dP, 1, q.lanes}, o.keys.p, o.keys.row, w.dQ, D);
+      return;
+    }
+  }
+  M::template product<true>(D, q.lanes, t.n, M::columns(o.keys, t.n, D, w.columns),
+                            M::tile_b(w.dP, q.lanes, t.n, q.lanes, w.weights), w.dQ, q.lanes);
 }
 
 template <typename M>
 static void backward_item(const GradParams& p, int64_t item, char* scratch, char* workspace) {
   using T = typename M::T;
-  const int64_t runs = key_runs(p), run = item % runs, hk = item / runs % p.heads_k, b = item / runs / p.heads_k;
+  const int64_t runs = key_runs(p), run = item % runs, hk = item / runs % p.heads_k,
+                b = item / runs / p.heads_k;
   const int64_t group = p.heads / p.heads_k, D = p.head_dim, Dv = p.head_dim_v;
   const Sequence seq = sequence_of(p, b);
   const Interval keys{key_run(p, run).begin, min64(key_run(p, run).end, seq.seqlen_k)};
@@ -284,12 +320,14 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
       KeyTile t;
       while (tiles.next(t)) {
         const int64_t at = t.j0 - keys.begin;
-        backward_tile<M>(p, q, t, block, w, {sums.dK + at * w.ld, sums.dV + at * w.ldv, w.ld, w.ldv}, dRel, dW);
+        backward_tile<M>(p, q, t, block, w, {sums.dK + at * w.ld, sums.dV + at * w.ldv, w.ld, w.ldv}, dRel,
+                         dW);
       }
-      if (with_extra) backward_tile<M>(p, q, {seq.seqlen_k, 1, true, true, nullptr}, block, w, extra, dRel, dW);
+      if (with_extra)
+        backward_tile<M>(p, q, {seq.seqlen_k, 1, true, true, nullptr}, block, w, extra, dRel, dW);
       if (!(p.needs & kNeedQ)) continue;
       if (runs == 1)
-        store_transposed(p.dq, q, w.dQ, D, w.block_o);
+        store_queries<M>(p, q, w);
       else
         memcpy(parts.block(p, q, run), w.dQ, size_t(D * q.lanes) * sizeof(T));
     }
@@ -300,9 +338,11 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
   }
   for (int64_t j = 0; j < count; ++j) {
     if (p.needs & kNeedK)
-      write_row(row_at(p.dk, b, hk, seq.k_begin + keys.begin + j), p.dk.dtype, p.dk.col, sums.dK + j * w.ld, D);
+      write_row(row_at(p.dk, b, hk, seq.k_begin + keys.begin + j), p.dk.dtype, p.dk.col, sums.dK + j * w.ld,
+                D);
     if (p.needs & kNeedV)
-      write_row(row_at(p.dv, b, hk, seq.k_begin + keys.begin + j), p.dv.dtype, p.dv.col, sums.dV + j * w.ldv, Dv);
+      write_row(row_at(p.dv, b, hk, seq.k_begin + keys.begin + j), p.dv.dtype, p.dv.col, sums.dV + j * w.ldv,
+                Dv);
   }
 }
 
@@ -319,11 +359,13 @@ static void reduce_queries(const GradParams& p, int64_t item, char* scratch, cha
   const int64_t runs = key_runs(p), count = p.head_dim * q.lanes;
   memset(w.dQ, 0, size_t(count) * sizeof(T));
   for (int64_t run = 0; run < runs; ++run) {
-    if (!meets(q, {key_run(p, run).begin, min64(key_run(p, run).end, q.seq.seqlen_k)}) && !(p.extra_k && run + 1 == runs)) continue;
+    if (!meets(q, {key_run(p, run).begin, min64(key_run(p, run).end, q.seq.seqlen_k)}) &&
+        !(p.extra_k && run + 1 == runs))
+      continue;
     const T* part = parts.block(p, q, run);
     for (int64_t x = 0; x < count; x += kLanes<T>) store(w.dQ + x, load(w.dQ + x) + load(part + x));
   }
-  store_transposed(p.dq, q, w.dQ, p.head_dim, w.block_o);
+  store_queries<M>(p, q, w);
 }
 
 template <typename T>
@@ -343,10 +385,14 @@ static void reduce_heads(const GradParams& p, int64_t h, char*, char* workspace)
   Arena shared{workspace};
   const Parts<T> parts(p, shared);
   const int64_t count = p.batch * key_runs(p), R = p.rel_size, D = p.head_dim, Dv = p.head_dim_v, H = p.heads;
-  if (p.needs & kNeedRelBias) sum_parts(parts.rel + h * R, count, H * R, R, static_cast<T*>(p.drel_bias) + h * R);
-  if (p.needs & kNeedWeight) sum_parts(parts.weight + h * D, count, H * D, D, static_cast<T*>(p.dweight) + h * D);
-  if (p.needs & kNeedExtraK) sum_parts(parts.extra_k + h * D, p.batch, H * D, D, static_cast<T*>(p.dextra_k) + h * D);
-  if (p.needs & kNeedExtraV) sum_parts(parts.extra_v + h * Dv, p.batch, H * Dv, Dv, static_cast<T*>(p.dextra_v) + h * Dv);
+  if (p.needs & kNeedRelBias)
+    sum_parts(parts.rel + h * R, count, H * R, R, static_cast<T*>(p.drel_bias) + h * R);
+  if (p.needs & kNeedWeight)
+    sum_parts(parts.weight + h * D, count, H * D, D, static_cast<T*>(p.dweight) + h * D);
+  if (p.needs & kNeedExtraK)
+    sum_parts(parts.extra_k + h * D, p.batch, H * D, D, static_cast<T*>(p.dextra_k) + h * D);
+  if (p.needs & kNeedExtraV)
+    sum_parts(parts.extra_v + h * Dv, p.batch, H * Dv, Dv, static_cast<T*>(p.dextra_v) + h * Dv);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The tiled body with bf16 products and fp32 sums: AMX tiles, AVX512-BF16 dot products, or (portable) their emulation.
+// The tiled body with bf16 products and fp32 sums: AMX tiles, AVX512-BF16 dot products, or (portable) their
+// emulation.
 #include "operands_bf16.h"
 #include "tiled_bias.h"
 
@@ -8,9 +9,11 @@
 namespace saccade {
 namespace SACCADE_ISA {
 
-// weights and decode read each key once per call: the fp32 bodies, which widen as they read, lose nothing there.
+// weights and decode read each key once per call: the fp32 bodies, which widen as they read, lose nothing
+// there.
 extern const KernelTable bf16_kernels;
-const KernelTable bf16_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Bf16>, &backward_plan<Bf16>, nullptr, nullptr};
+const KernelTable bf16_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Bf16>, &backward_plan<Bf16>, nullptr,
+                               nullptr};
 
 }  // namespace SACCADE_ISA
 }  // namespace saccade

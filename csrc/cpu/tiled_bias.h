@@ -1,5 +1,6 @@
-// The gradient of a bias of any broadcast shape. Each item owns elements of dbias and sums what all pairs that read them contribute, so
-// neither a copy per head nor atomics are needed; the tiles of logits are formed once more for it.
+// The gradient of a bias of any broadcast shape. Each item owns elements of dbias and sums what all pairs
+// that read them contribute, so neither a copy per head nor atomics are needed; the tiles of logits are
+// formed once more for it.
 #pragma once
 #include "tiled_backward.h"
 
@@ -8,16 +9,21 @@ namespace SACCADE_ISA {
 namespace {
 
 struct BiasItems {
-  int64_t row_blocks, key_blocks;  // 1 where the bias does not depend on the query, or where one item walks all keys
+  int64_t row_blocks,
+      key_blocks;  // 1 where the bias does not depend on the query, or where one item walks all keys
   explicit BiasItems(const GradParams& p)
       : row_blocks(p.dbias_size[2] > 1 ? (p.seqlen_q + kBlockM - 1) / kBlockM : 1),
         key_blocks(p.dbias_size[2] > 1 || p.dbias_size[3] == 1 ? 1 : (p.seqlen_k + kBlockN - 1) / kBlockN) {}
-  int64_t count(const GradParams& p) const { return p.dbias_size[0] * p.dbias_size[1] * row_blocks * key_blocks; }
+  int64_t count(const GradParams& p) const {
+    return p.dbias_size[0] * p.dbias_size[1] * row_blocks * key_blocks;
+  }
 };
 
-// dbias elements of this tile += the tile's gradient. `out` is the item's [rows or 1][keys or 1] corner at (row 0 of the block, key 0).
+// dbias elements of this tile += the tile's gradient. `out` is the item's [rows or 1][keys or 1] corner at
+// (row 0 of the block, key 0).
 template <typename T>
-static void add_bias_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const T* dS, T* out, int64_t ld, T* buffer) {
+static void add_bias_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const T* dS, T* out,
+                          int64_t ld, T* buffer) {
   const bool by_row = p.dbias_size[2] > 1, by_key = p.dbias_size[3] > 1;
   if (by_row && by_key) {
     transpose(dS, q.lanes, buffer, t.n, t.n, q.rows);
@@ -43,20 +49,23 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
   using T = typename M::T;
   const BiasItems items(p);
   const int64_t key_block = item % items.key_blocks, row_block = item / items.key_blocks % items.row_blocks;
-  const int64_t bh = item / items.key_blocks / items.row_blocks, h0 = bh % p.dbias_size[1], b0 = bh / p.dbias_size[1];
+  const int64_t bh = item / items.key_blocks / items.row_blocks, h0 = bh % p.dbias_size[1],
+                b0 = bh / p.dbias_size[1];
   const int64_t rows = p.dbias_size[2], keys = p.dbias_size[3];
   const bool all_rows = rows == 1;
   const typename M::Scope scope;
   Arena arena{scratch};
   BackwardBuffers<M> w(p, arena);
-  T* out = static_cast<T*>(p.dbias) + ((b0 * p.dbias_size[1] + h0) * rows + (all_rows ? 0 : row_block * kBlockM)) * keys;
+  T* out = static_cast<T*>(p.dbias) +
+           ((b0 * p.dbias_size[1] + h0) * rows + (all_rows ? 0 : row_block * kBlockM)) * keys;
   const int64_t first = items.key_blocks > 1 ? key_block * kBlockN : 0;
   const int64_t held = items.key_blocks > 1 ? min64(kBlockN, keys - first) : keys;
   const int64_t own_rows = all_rows ? 1 : min64(kBlockM, rows - row_block * kBlockM);
   for (int64_t i = 0; i < own_rows; ++i) memset(out + i * keys + first, 0, size_t(held) * sizeof(T));
   const Interval within = items.key_blocks > 1 ? Interval{first, first + held} : Interval{0, INT64_MAX};
 
-  const int64_t b_end = p.dbias_size[0] > 1 ? b0 + 1 : p.batch, h_end = p.dbias_size[1] > 1 ? h0 + 1 : p.heads;
+  const int64_t b_end = p.dbias_size[0] > 1 ? b0 + 1 : p.batch,
+                h_end = p.dbias_size[1] > 1 ? h0 + 1 : p.heads;
   for (int64_t b = b0; b < b_end; ++b)
     for (int64_t h = h0; h < h_end; ++h)
       for (int64_t m = row_block; m * kBlockM < p.seqlen_q; m += all_rows ? 1 : p.seqlen_q) {
@@ -90,7 +99,8 @@ static Plan<GradParams> backward_plan(const GradParams& p) {
     plan.add(p.batch * p.heads_k * key_runs(p), &backward_item<M>);
     if ((p.needs & kNeedQ) && key_runs(p) > 1)
       plan.add(p.batch * p.heads * ((p.seqlen_q + kBlockM - 1) / kBlockM), &reduce_queries<M>);
-    if (p.needs & (kNeedRelBias | kNeedWeight | kNeedExtraK | kNeedExtraV)) plan.add(p.heads, &reduce_heads<M>);
+    if (p.needs & (kNeedRelBias | kNeedWeight | kNeedExtraK | kNeedExtraV))
+      plan.add(p.heads, &reduce_heads<M>);
   }
   if (p.needs & kNeedBias) plan.add(BiasItems(p).count(p), &bias_item<M>);
   return plan;

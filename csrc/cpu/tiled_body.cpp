@@ -1,4 +1,5 @@
-// The tiled body in fp32 and fp64 arithmetic; bf16 and fp16 tensors are widened as they are read. Compiled once per instruction set.
+// The tiled body in fp32 and fp64 arithmetic; bf16 and fp16 tensors are widened as they are read. Compiled
+// once per instruction set.
 #include "decode.h"
 #include "tiled_bias.h"
 #include "tiled_weights.h"
@@ -11,10 +12,12 @@ namespace SACCADE_ISA {
 
 extern const KernelTable float_kernels;
 extern const KernelTable double_kernels;
-const KernelTable float_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Plain<float>>, &backward_plan<Plain<float>>,
-                                &weights_plan<Plain<float>>, &decode_plan<float>};
-const KernelTable double_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Plain<double>>, &backward_plan<Plain<double>>,
-                                 &weights_plan<Plain<double>>, &decode_plan<double>};
+const KernelTable float_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Plain<float>>,
+                                &backward_plan<Plain<float>>, &weights_plan<Plain<float>>,
+                                &decode_plan<float>};
+const KernelTable double_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Plain<double>>,
+                                 &backward_plan<Plain<double>>, &weights_plan<Plain<double>>,
+                                 &decode_plan<double>};
 
 }  // namespace SACCADE_ISA
 }  // namespace saccade

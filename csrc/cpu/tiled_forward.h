@@ -28,7 +28,8 @@ struct ForwardBuffers {
   ForwardBuffers(const Params& p, Arena& a) {
     const int64_t D = p.head_dim, Dv = p.head_dim_v, pad = M::kPad;
     S = a.take<T>(kBlockN * kBlockM);
-    block = a.take<T>(kBlockM * (round_up(D, pad) > round_up(Dv, pad) ? round_up(D, pad) : round_up(Dv, pad)));
+    block =
+        a.take<T>(kBlockM * (round_up(D, pad) > round_up(Dv, pad) ? round_up(D, pad) : round_up(Dv, pad)));
     alpha = a.take<T>(kBlockM);
     bias = a.take<T>(p.bias ? 2 * kBlockN * kBlockM : 0);
     Z = a.take<T>(p.dropout_p > 0 ? kBlockN * kBlockM : 0);
@@ -42,7 +43,8 @@ struct ForwardBuffers {
   }
 };
 
-// S becomes the weights, m and l move on; alpha is what older sums are to be multiplied by. Returns whether any alpha differs from 1.
+// S becomes the weights, m and l move on; alpha is what older sums are to be multiplied by. Returns whether
+// any alpha differs from 1.
 template <typename T>
 static bool softmax_tile(T* S, int64_t n, int64_t lanes, T* m, T* l, T* alpha, T factor) {
   bool moved = false;
@@ -91,7 +93,9 @@ static void activate_tile(Activation a, T* S, int64_t count, T unit) {
   for (int64_t x = 0; x < count; x += kLanes<T>) store(S + x, activate<T>(a, load(S + x) * unit));
 }
 
-SACCADE_FORCE bool is_softmax(const Params& p) { return p.activation == Activation::kSoftmax || p.activation == Activation::kSoftmax1; }
+SACCADE_FORCE bool is_softmax(const Params& p) {
+  return p.activation == Activation::kSoftmax || p.activation == Activation::kSoftmax1;
+}
 SACCADE_FORCE bool has_sink(const Params& p) { return p.sink || p.activation == Activation::kSoftmax1; }
 template <typename T>
 SACCADE_FORCE T sink_of(const Params& p, int64_t h) {
@@ -100,14 +104,16 @@ SACCADE_FORCE T sink_of(const Params& p, int64_t h) {
 
 template <typename T>
 SACCADE_FORCE T* lse_at(const Params& p, const void* lse, const QueryBlock& q) {
-  return static_cast<T*>(const_cast<void*>(lse)) + q.b * p.lse_batch + q.h * p.lse_head + q.seq.q_begin + q.i0;
+  return static_cast<T*>(const_cast<void*>(lse)) + q.b * p.lse_batch + q.h * p.lse_head + q.seq.q_begin +
+         q.i0;
 }
 
 // Scales O[d][i] by x[i].
 template <typename T>
 static void scale_lanes(T* O, int64_t d, int64_t lanes, const T* x) {
   for (int64_t c = 0; c < d; ++c)
-    for (int64_t i = 0; i < lanes; i += kLanes<T>) store(O + c * lanes + i, load(O + c * lanes + i) * load(x + i));
+    for (int64_t i = 0; i < lanes; i += kLanes<T>)
+      store(O + c * lanes + i, load(O + c * lanes + i) * load(x + i));
 }
 
 // O[d][i] to rows of a tensor.
@@ -119,7 +125,8 @@ static void store_transposed(const Rows& x, const QueryBlock& q, const T* O, int
     return;
   }
   transpose(O, q.lanes, buffer, d, d, q.rows);
-  for (int64_t i = 0; i < q.rows; ++i) write_row(base + i * x.row * size_of(x.dtype), x.dtype, x.col, buffer + i * d, d);
+  for (int64_t i = 0; i < q.rows; ++i)
+    write_row(base + i * x.row * size_of(x.dtype), x.dtype, x.col, buffer + i * d, d);
 }
 
 // Adds the sink, normalises, writes out and lse.
@@ -145,16 +152,19 @@ static void finish_block(const Params& p, const QueryBlock& q, State<T> s, T* al
 }
 
 template <typename M>
-static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t, typename M::B queries, ForwardBuffers<M>& w) {
+static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t, typename M::B queries,
+                         ForwardBuffers<M>& w) {
   using T = typename M::T;
   const int64_t D = p.head_dim, Dv = p.head_dim_v;
   const int64_t e = size_of(p.k.dtype);
-  const typename M::A keys = t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * D * e, p.k.dtype, D, w.keys)
-                                     : M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, nullptr, w.keys);
+  const typename M::A keys =
+      t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * D * e, p.k.dtype, D, w.keys)
+              : M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, nullptr, w.keys);
   const bool some_dead = tile_logits<M>(p, q, t, keys, queries, w.S, nullptr, w.bias, w.dead);
   const T factor = T(exponent_factor(p));
   if (is_softmax(p)) {
-    if (softmax_tile(w.S, t.n, q.lanes, w.state.m, w.state.l, w.alpha, factor)) scale_lanes(w.state.O, Dv, q.lanes, w.alpha);
+    if (softmax_tile(w.S, t.n, q.lanes, w.state.m, w.state.l, w.alpha, factor))
+      scale_lanes(w.state.O, Dv, q.lanes, w.alpha);
   } else {
     activate_tile(p.activation, w.S, t.n * q.lanes, T(exponent_factor(p) * kLn2));
   }
@@ -162,10 +172,11 @@ static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t,
     dropout_tile<T>(p, q, t, w.Z);
     multiply_tile(w.S, w.Z, t.n * q.lanes);
   }
-  const typename M::A values = t.extra ? M::row(static_cast<const char*>(p.extra_v) + q.h * Dv * e, p.v.dtype, Dv, w.values)
-                                       : M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, some_dead ? w.dead : nullptr, w.values);
-  M::template product<true>(Dv, q.lanes, t.n, M::columns(values, t.n, Dv, w.columns), M::tile_b(w.S, q.lanes, t.n, q.lanes, w.weights),
-                            w.state.O, q.lanes);
+  const typename M::A values =
+      t.extra ? M::row(static_cast<const char*>(p.extra_v) + q.h * Dv * e, p.v.dtype, Dv, w.values)
+              : M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, some_dead ? w.dead : nullptr, w.values);
+  M::template product<true>(Dv, q.lanes, t.n, M::columns(values, t.n, Dv, w.columns),
+                            M::tile_b(w.S, q.lanes, t.n, q.lanes, w.weights), w.state.O, q.lanes);
 }
 
 // With few query blocks the keys are split too; the parts are merged in order.
@@ -178,9 +189,7 @@ static Interval split_keys(const Params& p, int64_t split, int64_t splits) {
   const int64_t size = round_up((p.seqlen_k + splits - 1) / splits, kBlockN);
   return {split * size, split + 1 == splits ? INT64_MAX : (split + 1) * size};
 }
-static int64_t partial_size(const Params& p) {
-  return kBlockM * (round_up(p.head_dim_v, kRowPad) + 2);
-}
+static int64_t partial_size(const Params& p) { return kBlockM * (round_up(p.head_dim_v, kRowPad) + 2); }
 template <typename T>
 static State<T> partial_state(const Params& p, int64_t index, char* workspace) {
   T* at = reinterpret_cast<T*>(workspace) + index * partial_size(p);
@@ -190,7 +199,8 @@ static State<T> partial_state(const Params& p, int64_t index, char* workspace) {
 struct BlockIndex {
   int64_t b, h, m_block;
 };
-// Heads outermost, so that a head's keys stay in cache; within it the last block, the longest of a causal mask, first.
+// Heads outermost, so that a head's keys stay in cache; within it the last block, the longest of a causal
+// mask, first.
 static BlockIndex block_index(const Params& p, int64_t item) {
   const int64_t blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
   const int64_t bh = item / blocks;
@@ -216,7 +226,8 @@ static void forward_item(const Params& p, int64_t item, char* scratch, char* wor
   KeyTiles tiles(p, q, split_keys(p, split, splits));
   KeyTile t;
   while (tiles.next(t)) forward_tile<M>(p, q, t, queries, w);
-  if (p.extra_k && split + 1 == splits) forward_tile<M>(p, q, {q.seq.seqlen_k, 1, true, true, nullptr}, queries, w);
+  if (p.extra_k && split + 1 == splits)
+    forward_tile<M>(p, q, {q.seq.seqlen_k, 1, true, true, nullptr}, queries, w);
   if (splits == 1) finish_block<T>(p, q, w.state, w.alpha, w.block);
 }
 
@@ -260,7 +271,8 @@ static Plan<Params> forward_plan(const Params& p) {
   Arena arena{nullptr};
   ForwardBuffers<M> sizes(p, arena);
   plan.scratch_bytes = arena.used;
-  const int64_t blocks = p.batch * p.heads * ((p.seqlen_q + kBlockM - 1) / kBlockM), splits = forward_splits(p);
+  const int64_t blocks = p.batch * p.heads * ((p.seqlen_q + kBlockM - 1) / kBlockM),
+                splits = forward_splits(p);
   plan.add(blocks * splits, &forward_item<M>);
   if (splits > 1) {
     plan.workspace_bytes = size_t(blocks * splits * partial_size(p)) * sizeof(T);

@@ -1,4 +1,5 @@
-// The weights themselves, for those who ask for them: P recomputed from lse, per head or averaged over heads in one pass.
+// The weights themselves, for those who ask for them: P recomputed from lse, per head or averaged over heads
+// in one pass.
 #pragma once
 #include "tiled_forward.h"
 
@@ -32,7 +33,8 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
   const typename M::B queries = M::pack_columns(rows.p, rows.ld, q.rows, q.lanes, p.head_dim, w.tile.queries);
   const auto one_tile = [&](const KeyTile& t) {
     const typename M::A keys =
-        t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * p.head_dim * size_of(p.k.dtype), p.k.dtype, p.head_dim, w.tile.keys)
+        t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * p.head_dim * size_of(p.k.dtype),
+                         p.k.dtype, p.head_dim, w.tile.keys)
                 : M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, p.head_dim, nullptr, w.tile.keys);
     T* S = w.tile.S;
     tile_logits<M>(p, q, t, keys, queries, S, nullptr, w.tile.bias, w.tile.dead);
@@ -60,7 +62,8 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
   if (p.activation == Activation::kSoftmax1)
     for (int64_t i = 0; i < q.rows; ++i) {
       const int64_t j = p.columns - 1;
-      const bool kept = p.dropout_p == 0 || dropout_keeps(p.seed, dropout_threshold(p.dropout_p), q.b, q.h, q.i0 + i, j);
+      const bool kept =
+          p.dropout_p == 0 || dropout_keeps(p.seed, dropout_threshold(p.dropout_p), q.b, q.h, q.i0 + i, j);
       if (kept) w.rows[i * p.columns + j] += T(exp(-lse[i])) * T(1 / (1 - p.dropout_p));
     }
 }
@@ -73,7 +76,8 @@ static void weights_item(const WeightParams& p, int64_t item, char* scratch, cha
   Arena arena{scratch};
   WeightBuffers<M> w(p, arena);
   memset(w.rows, 0, size_t(kBlockM * p.columns) * sizeof(T));
-  for (int64_t h = h0; h < (p.average ? p.heads : h0 + 1); ++h) add_weights<M>(p, query_block<M::kPad>(p, b, h, m), w);
+  for (int64_t h = h0; h < (p.average ? p.heads : h0 + 1); ++h)
+    add_weights<M>(p, query_block<M::kPad>(p, b, h, m), w);
   const T share = T(1) / T(p.average ? p.heads : 1);
   const int64_t rows = min64(kBlockM, p.seqlen_q - m * kBlockM);
   for (int64_t i = 0; i < rows; ++i) {

@@ -1,5 +1,6 @@
-// Vectors in the language's own extension, so that one source serves every instruction set. Compiled once per set, in a namespace of its own:
-// nothing here may become a weak symbol that another set's objects would share.
+// Vectors in the language's own extension, so that one source serves every instruction set. Compiled once per
+// set, in a namespace of its own: nothing here may become a weak symbol that another set's objects would
+// share.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -95,9 +96,10 @@ template <>
 struct Exp2<double> {
   static constexpr int kTerms = 11, kMantissa = 52, kBias = 1023;
   static constexpr double kMagic = 6755399441055744.0;
-  static constexpr double c[kTerms] = {4.4549605981865184e-10, 7.0725859492692237e-09, 1.0178062445845774e-07, 1.3215442587921690e-06,
-                                       1.5252733829836118e-05, 1.5403530440736051e-04, 1.3333558146416935e-03, 9.6181291076068885e-03,
-                                       5.5504108664821594e-02, 2.4022650695910098e-01, 6.9314718055994531e-01};
+  static constexpr double c[kTerms] = {4.4549605981865184e-10, 7.0725859492692237e-09, 1.0178062445845774e-07,
+                                       1.3215442587921690e-06, 1.5252733829836118e-05, 1.5403530440736051e-04,
+                                       1.3333558146416935e-03, 9.6181291076068885e-03, 5.5504108664821594e-02,
+                                       2.4022650695910098e-01, 6.9314718055994531e-01};
 };
 
 // 2^x - 1 split as q * s + (s - 1): q = 2^r - 1 without cancellation, s = 2^n, x = n + r, |r| <= 1/2.
@@ -119,11 +121,12 @@ template <typename T>
 SACCADE_FORCE Vec<T> exp2v(Vec<T> x) {
   const T low = T(1 - Exp2<T>::kBias);
   Vec<T> q, s;
-  exp2_parts<T>(x < low ? splat<T>(low) : x, q, s);
+  exp2_parts<T>(vmax<T>(splat<T>(low), x), q, s);
   return x < low ? Vec<T>{} : q * s + s;
 }
 
-// tanh(x) = e / (e + 2) with e = exp(2 |x|) - 1 formed without cancellation, so that small x keep their relative precision.
+// tanh(x) = e / (e + 2) with e = exp(2 |x|) - 1 formed without cancellation, so that small x keep their
+// relative precision.
 template <typename T>
 SACCADE_FORCE Vec<T> tanhv(Vec<T> x) {
   Vec<T> a = x < T(0) ? -x : x;

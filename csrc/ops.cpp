@@ -57,9 +57,10 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     p.dlse = dense_dlse->const_data_ptr();
   }
   const ScalarType acc = accumulator(call.q);
-  const Tensor none = empty({0}, acc, call.q);
-  Tensor dq = none, dk = none, dv = none, dbias = none, drel = none, dweight = none, dextra_k = none,
-         dextra_v = none;
+  // Every output that is not wanted is an empty tensor of its own: outputs may not alias.
+  const auto none = [&] { return empty({0}, acc, call.q); };
+  Tensor dq = none(), dk = none(), dv = none(), dbias = none(), drel = none(), dweight = none();
+  Tensor dextra_k = none(), dextra_v = none();
   if (p.needs & kNeedQ) {
     dq = empty_as(call.q);
     p.dq = rows_of(dq);
@@ -210,15 +211,15 @@ void gather_backward(StableIValue* stack, uint64_t, uint64_t) {
   p.t_edges = static_cast<const int64_t*>(t_edges.const_data_ptr());
 
   const ScalarType acc = accumulator(call.q);
-  const Tensor none = empty({0}, acc, call.q);
+  const auto none = [&] { return empty({0}, acc, call.q); };
   const auto like = [&](int64_t need, const Tensor& of, Rows& rows) {
-    if (!(p.needs & need)) return none;
+    if (!(p.needs & need)) return none();
     const Tensor grad = empty_as(of);
     rows = rows_of(grad);
     return grad;
   };
   const auto sized = [&](int64_t need, const std::vector<int64_t>& sizes, void*& data) {
-    if (!(p.needs & need)) return none;
+    if (!(p.needs & need)) return none();
     const Tensor grad = empty(sizes, acc, call.q);
     data = grad.mutable_data_ptr();
     return grad;
@@ -228,7 +229,7 @@ void gather_backward(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor dweight = sized(kNeedWeight, {p.heads, p.head_dim}, p.dweight);
   const Tensor dedge_bias =
       sized(kNeedEdgeBias, {call.edge_bias ? call.edge_bias->size(0) : 0, p.num_edges}, p.dedge_bias);
-  const Tensor dedge_q = like(kNeedEdgeQ, call.edge_q ? *call.edge_q : none, p.dedge_q);
+  const Tensor dedge_q = like(kNeedEdgeQ, call.edge_q ? *call.edge_q : call.q, p.dedge_q);
   const Tensor dedge_x = sized(kNeedEdgeX, {p.num_edges, p.edge_dim}, p.dedge_x);
   // Edges that an intersection left out have numbers too: their gradients are zero.
   if (p.edges < p.num_edges)

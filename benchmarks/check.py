@@ -1,0 +1,150 @@
+"""Whether a provider's results are right: the tests' yardstick, on the very inputs that are timed.
+
+Large cases do not fit in fp64 at once, so one head is recomputed a block of query rows at a time, from the same `Mask.keep`
+that defines the mask everywhere else. `exact` is that in fp64, `plain` the same in the case's own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.dropout import dropout_mask
+from saccade.masks import Mask
+from saccade.testing import assert_no_worse_than
+
+from .peers import SEED, Inputs
+
+_BLOCK_ENTRIES = 1 << 21  # pairs of one block of rows
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one (batch entry, head) sees, as leaves: q [Sq, D], k [Sk, D], v [Sk, Dv], bias [Sq, Sk]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    keep: Tensor | None  # pairs that dropout keeps
+    dropout_p: float
+    mask: Mask | None
+    place: tuple[int, int]  # batch entry, head
+
+    def to(self, dtype: torch.dtype) -> Slice:
+        tensors = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v, self.bias)]
+        q, k, v, bias = tensors
+        assert q is not None and k is not None and v is not None
+        return Slice(q, k, v, bias, self.keep, self.dropout_p, self.mask, self.place)
+
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.q, self.k, self.v, self.bias) if x is not None]
+
+
+def _rows(s: Slice, start: int, stop: int) -> Tensor:
+    """The output of query rows start to stop, in the dtype of the slice."""
+    seqlen_q, seqlen_k = s.q.shape[0], s.k.shape[0]
+    logits = s.q[start:stop] @ s.k.T * s.q.shape[1] ** -0.5
+    if s.bias is not None:
+        logits = logits + s.bias[start:stop]
+    if s.mask is not None:
+        i = torch.arange(start, stop, device=s.q.device)[:, None]
+        j = torch.arange(seqlen_k, device=s.q.device)[None]
+        kept = torch.ones_like(i * j, dtype=torch.bool)
+        for part in s.mask.parts:
+            kept = kept & part.keep(*s.place, i, j, seqlen_q, seqlen_k)
+        logits = logits.masked_fill(~kept, -math.inf)
+    weights = torch.softmax(logits, -1)
+    if s.mask is not None:
+        weights = torch.where(kept.any(-1, keepdim=True), weights, 0.0)
+    if s.keep is not None:
+        weights = torch.where(s.keep[start:stop], weights / (1 - s.dropout_p), 0.0)
+    return weights @ s.v
+
+
+def results(s: Slice, cotangent: Tensor | None) -> list[Tensor]:
+    """The output [Sq, Dv], and with a cotangent the gradients of the slice's leaves."""
+    step = max(1, _BLOCK_ENTRIES // s.k.shape[0])
+    outs, grads = [], [torch.zeros_like(x) for x in s.leaves()]
+    for start in range(0, s.q.shape[0], step):
+        stop = min(start + step, s.q.shape[0])
+        with torch.set_grad_enabled(cotangent is not None):
+            out = _rows(s, start, stop)
+        outs.append(out.detach())
+        if cotangent is not None:
+            found = torch.autograd.grad(out, s.leaves(), cotangent[start:stop].to(out.dtype))
+            for total, grad in zip(grads, found, strict=True):
+                total += grad
+    return [torch.cat(outs), *(grads if cotangent is not None else [])]
+
+
+NAMES = ("out", "gradient of q", "gradient of k", "gradient of v", "gradient of the bias")
+
+
+def compare(got: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> str:
+    """Empty when every result is within the yardstick, else what is wrong."""
+    for name, *triple in zip(NAMES, got, plain, exact, strict=False):
+        try:
+            assert_no_worse_than(*triple, factor=2.0 if name == "out" else 3.0, name=name)
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
+def of_inputs(inputs: Inputs, place: tuple[int, int], dtype: torch.dtype, train: bool) -> list[Tensor]:
+    """Results for batch entry and key head `place` = (b, hk), over the query heads that read it: out [G, Sq, Dv], then the
+    gradients of q [G, Sq, D], k [Sk, D], v [Sk, Dv] and bias [G, Sq, Sk] (of this batch entry alone)."""
+    case, (b, hk) = inputs.case, place
+    group = case.heads // case.heads_k
+    per_head = []
+    for h in range(hk * group, (hk + 1) * group):
+        keep = None
+        if case.dropout_p:
+            shape = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
+            keep = dropout_mask(SEED, case.dropout_p, *shape)[b, h].to(inputs.q.device)
+        bias = None if inputs.bias is None else inputs.bias[0, h]
+        one = Slice(inputs.q[b, h], inputs.k[b, hk], inputs.v[b, hk], bias, keep, case.dropout_p, inputs.mask, (b, h))
+        per_head.append(results(one.to(dtype), inputs.dout[b, h] if train else None))
+    out, *grads = (list(x) for x in zip(*per_head, strict=True))
+    found = [torch.stack(out)]
+    for n, parts in enumerate(grads):
+        found.append(sum(parts[1:], parts[0]) if n in (1, 2) else torch.stack(parts))
+    return found
+
+
+def at_place(got: Sequence[Tensor], inputs: Inputs, place: tuple[int, int]) -> list[Tensor]:
+    """The same part of a provider's results."""
+    b, hk = place
+    group = inputs.case.heads // inputs.case.heads_k
+    heads = slice(hk * group, (hk + 1) * group)
+    picks = ((b, heads), (b, heads), (b, hk), (b, hk), (0, heads))
+    return [x[pick] for x, pick in zip(got, picks, strict=False)]
+
+
+class Oracle:
+    """The exact and the plain results of a case, computed once and compared with every provider's."""
+
+    def __init__(self, inputs: Inputs, train: bool) -> None:
+        self._inputs = inputs
+        # A bias is shared by the batch entries, so its gradient is compared only where there is one.
+        last = (inputs.case.batch - 1, inputs.case.heads_k - 1)
+        small = inputs.case.seqlen_q * inputs.case.seqlen_k <= _BLOCK_ENTRIES
+        self._places = {last, (0, 0)} if small else {last}
+        wide = torch.float64
+        self._known = {
+            place: tuple(of_inputs(inputs, place, dtype, train) for dtype in (inputs.q.dtype, wide))
+            for place in self._places
+        }
+
+    def fault(self, got: Sequence[Tensor]) -> str:
+        """Empty when the results are within the yardstick, else what is wrong."""
+        shared_bias = self._inputs.bias is not None and self._inputs.case.batch > 1
+        for place, (plain, exact) in self._known.items():
+            mine = at_place(got[:4] if shared_bias else got, self._inputs, place)
+            if wrong := compare(mine, plain, exact):
+                return wrong
+        return ""

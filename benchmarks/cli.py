@@ -1,0 +1,107 @@
+"""The command line of the benchmarks: `python -m saccade bench`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, memory, plots, report
+from .cases import DTYPES
+from .console import Console
+from .measure import Budget, Clock, Peak
+from .runner import Plan, Row, add_ratios, measure_case, summarise
+from .suites import SUITES
+
+QUICK = Budget(0.15, 3, 10)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
+    suites = "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
+    made = argparse.ArgumentParser(
+        prog="python -m saccade bench",
+        description="Times attention beside its peers in one process. Every result is checked against fp64 before its "
+        "time is printed.",
+    )
+    made.add_argument("--suite", choices=list(SUITES), default="attention", help=suites)
+    made.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their or their group's name")
+    made.add_argument("--quick", action="store_true", help="few rounds per case: minutes become seconds, noise grows")
+    made.add_argument("--device", default="cpu", help="cpu (default), cuda")
+    made.add_argument("--threads", type=int, default=0, help="threads of torch (default: as torch chooses)")
+    made.add_argument("--memory", action="store_true", help="also peak memory, each call in a process of its own")
+    made.add_argument("--no-flex", action="store_true", help="leave flex_attention out (compiling takes 6 to 20 s a case)")
+    made.add_argument("--out", type=Path, metavar="FOLDER", help="for CSV, JSON and the picture (default: benchmarks/results)")
+    made.add_argument("--list", action="store_true", help="print the cases and stop")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status: 1 when saccade gave a wrong result."""
+    asked = parser().parse_args(arguments)
+    suite = SUITES[asked.suite]
+    budget = QUICK if asked.quick else suite.budget
+    excluded = frozenset({"flex"} if asked.no_flex else ())
+    plan = Plan(asked.suite, asked.device, budget, asked.only, excluded)
+    selected = plan.selected(suite)
+    if asked.list:
+        for _, group, wanted in selected:
+            print(f"{group.name} (against {group.peer}):", *(case.name for case in wanted), sep="\n  ")
+        return 0
+    tasks = memory.tasks() if asked.memory or (suite.memory and not asked.only) else []
+    if not selected and not tasks:
+        raise SystemExit(f"no case of suite {asked.suite!r} has {asked.only!r} in its name; --list shows them")
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    content = _measure(plan, selected, tasks)
+    folder = asked.out or report.default_folder()
+    date = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    stem = f"{asked.suite}-{asked.device.replace(':', '')}-{date}"
+    files = report.write(folder, stem, content)
+    if plots.draw(folder / f"{stem}.png", content):
+        files.append(folder / f"{stem}.png")
+    print("written:", *files, sep="\n  ")
+    return int(any(r["provider"].startswith("saccade") and r.get("error") for r in content["rows"]))
+
+
+def _measure(plan: Plan, selected: list[Any], tasks: list[Any]) -> dict[str, Any]:
+    """All rows of a run, with the tables printed as they are ready."""
+    clock = Clock(plan.device)
+    peak = Peak(clock, plan.device)
+    rows: list[Row] = []
+    used: list[Row] = []
+    groups = [group for _, group, _ in selected]
+    facts = machine.facts(plan.device)
+    with Console(sum(len(wanted) for _, _, wanted in selected) + len(tasks)) as console:
+        console.print(f"{facts['cpu']}, {facts['threads']} threads, instruction set {facts['instruction_set']}")
+        console.print(f"torch {facts['torch']}, saccade {facts['saccade']} {facts['commit']}".rstrip())
+        for part, group, wanted in selected:
+            mine: list[Row] = []
+            for case in wanted:
+                console.step(f"{group.name}: {case.name}")
+                mine += measure_case(part.work(case, plan.device, plan.excluded), group, plan, clock, peak)
+                console.step(f"{group.name}: {case.name}", advance=1)
+            add_ratios(mine, groups, peak, DTYPES)
+            report.group_table(console, group.name, mine)
+            rows += mine
+        for case, direction, provider in tasks:
+            console.step(f"memory: {case.name}, {provider}")
+            used.append(memory.measure(case, direction, provider, torch.get_num_threads(), plan.device))
+            console.step(f"memory: {case.name}, {provider}", advance=1)
+        add_ratios(rows, groups, peak, DTYPES)  # again: the best matrix product of the whole run
+        summary = summarise(rows, groups)
+        if summary:
+            report.summary_table(console, summary)
+        if used:
+            report.memory_table(console, used)
+        rates = peak.rates()
+        console.print("torch.mm 2048^3, GFLOP/s: " + ", ".join(f"{n} {rate:.0f}" for n, rate in rates.items()))
+    return {"machine": facts | {"gemm_gflops": rates}, "rows": rows, "summary": summary, "memory": used}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

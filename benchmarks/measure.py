@@ -1,0 +1,110 @@
+"""Timing: all providers of a case in turn, round after round, so that what disturbs the machine disturbs them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+_GEMM = 2048
+_FLUSHED = 256 << 20  # more bytes than any L2 cache holds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds for one call: the median of `runs`, and the quartiles."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+class Clock:
+    """Times one call on a device: wall time on the CPU; events around it, after L2 was flushed, on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        self._flush = torch.empty(_FLUSHED, dtype=torch.int8, device=device) if self.cuda else None
+
+    def seconds(self, call: Call, repeats: int = 1) -> float:
+        """Mean time of `repeats` calls in a row."""
+        if self._flush is None:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats
+        self._flush.zero_()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            call()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3 / repeats
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure: rounds go on until `seconds` are spent, between `least` and `most` of them."""
+
+    seconds: float = 1.5
+    least: int = 5
+    most: int = 40
+
+
+def interleaved(calls: Mapping[str, Call], clock: Clock, budget: Budget) -> dict[str, Timing]:
+    """The timing of every call. Each round runs every call once, starting with another one each time."""
+    names = list(calls)
+    repeats = {}
+    for name in names:
+        calls[name]()  # first touch of memory, lazy initialisation
+        once = clock.seconds(calls[name])
+        repeats[name] = max(1, min(1000, round(2e-3 / max(once, 1e-7))))  # short calls are timed several at a time
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    start, turn = time.perf_counter(), 0
+    while turn < budget.least or (turn < budget.most and time.perf_counter() - start < budget.seconds):
+        for n in range(len(names)):
+            name = names[(n + turn) % len(names)]
+            samples[name].append(clock.seconds(calls[name], repeats[name]))
+        turn += 1
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def summary(values: list[float]) -> Timing:
+    """Median and quartiles of some timings."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return Timing(median, low, high, len(values))
+
+
+class Peak:
+    """The machine's matrix product, 2048 x 2048 x 2048 through torch.mm: its best rate in this run, per dtype.
+
+    It is measured again beside every case, so that a slower moment of the machine is not taken for the limit.
+    """
+
+    def __init__(self, clock: Clock, device: str) -> None:
+        self._clock, self._device = clock, device
+        self._operands: dict[torch.dtype, torch.Tensor] = {}
+        self._best: dict[torch.dtype, float] = {}
+
+    def sample(self, dtype: torch.dtype) -> None:
+        """Measure once more."""
+        if dtype not in self._operands:
+            self._operands[dtype] = torch.randn(_GEMM, _GEMM, device=self._device).to(dtype)
+            torch.mm(self._operands[dtype], self._operands[dtype])
+        x = self._operands[dtype]
+        rate = 2 * _GEMM**3 / self._clock.seconds(lambda: torch.mm(x, x))
+        self._best[dtype] = max(rate, self._best.get(dtype, 0.0))
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations per second; 0 when it was never measured."""
+        return self._best.get(dtype, 0.0)
+
+    def rates(self) -> dict[str, float]:
+        """GFLOP/s by dtype, for the result file."""
+        return {str(dtype).removeprefix("torch."): round(rate / 1e9, 1) for dtype, rate in self._best.items()}

@@ -1,0 +1,95 @@
+"""Measures the cases of a suite one after the other and gives rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .cases import Group
+from .measure import Budget, Clock, Peak, interleaved
+from .suites import Part, Suite, Work
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asked for."""
+
+    suite: str
+    device: str
+    budget: Budget
+    only: str = ""
+    excluded: frozenset[str] = frozenset()
+
+    def selected(self, suite: Suite) -> list[tuple[Part, Group, list[Any]]]:
+        """The groups that have a case whose name, or group's name, contains `only`."""
+        found = []
+        for part in suite.parts:
+            for group in part.groups():
+                wanted = [c for c in group.cases if self.only in c.name or self.only in group.name]
+                if wanted and group.peer not in self.excluded:
+                    found.append((part, group, wanted))
+        return found
+
+
+def measure_case(work: Work, group: Group, plan: Plan, clock: Clock, peak: Peak) -> Iterator[Row]:
+    """A row for every direction and provider. No number before the provider's results are right."""
+    for direction in work.directions:
+        peak.sample(work.dtype)
+        calls, faults = {}, {}
+        for name, offer in work.offers(direction).items():
+            if isinstance(offer, str):
+                faults[name] = ("", offer)
+                continue
+            try:
+                wrong = work.fault(name, direction, offer)
+            except Exception as error:  # a peer's failure is a result, not the end of the run
+                wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if wrong:
+                faults[name] = (wrong, "")
+            else:
+                calls[name] = offer
+        timings = interleaved(calls, clock, plan.budget) if calls else {}
+        peak.sample(work.dtype)
+        base = {"suite": plan.suite, "group": group.name, **work.case.describe(), "direction": direction}  # type: ignore[attr-defined]
+        for name, timing in timings.items():
+            rate = work.flops(direction, name) / timing.median
+            milliseconds = {"ms": timing.median * 1e3, "ms_low": timing.low * 1e3, "ms_high": timing.high * 1e3}
+            yield base | {"provider": name, **milliseconds, "runs": timing.runs, "gflops": rate / 1e9}
+        for name, (wrong, absent) in faults.items():
+            yield base | {"provider": name, "error": wrong, "absent": absent}
+
+
+def add_ratios(rows: list[Row], groups: Iterable[Group], peak: Peak, dtypes: dict[str, Any]) -> None:
+    """`ratio`: a saccade row's rate over its group's peer's. `peak_fraction`: a rate over the best matrix product."""
+    peers = {group.name: group.peer for group in groups}
+    rates = {(r["group"], r["case"], r["direction"], r["provider"]): r.get("gflops") for r in rows}
+    for row in rows:
+        if "gflops" not in row:
+            continue
+        limit = peak.rate(dtypes[row["dtype"]]) / 1e9
+        row["peak_fraction"] = row["gflops"] / limit if limit else None
+        peer = rates.get((row["group"], row["case"], row["direction"], peers[row["group"]]))
+        if row["provider"] == "saccade" and peer:
+            row["ratio"], row["peer"] = row["gflops"] / peer, peers[row["group"]]
+
+
+def summarise(rows: list[Row], groups: Iterable[Group]) -> list[Row]:
+    """Per group and direction: the geometric mean of the ratios, the least one, and what the project wants."""
+    found = []
+    for group in groups:
+        for direction in dict.fromkeys(r["direction"] for r in rows if r["group"] == group.name):
+            mine = [r for r in rows if r["group"] == group.name and r["direction"] == direction and "ratio" in r]
+            if not mine:
+                continue
+            mean = math.exp(sum(math.log(r["ratio"]) for r in mine) / len(mine))
+            least = min(mine, key=lambda r: r["ratio"])
+            found.append({
+                "group": group.name, "direction": direction, "peer": group.peer, "cases": len(mine), "mean": mean,
+                "least": least["ratio"], "least_case": least["case"], "goal": group.goal.get(direction),
+                "floor": group.floor,
+            })  # fmt: skip
+    return found

@@ -1,0 +1,67 @@
+"""The registry of suites. A suite is a list of parts; a part is groups of cases and the class that makes a case ready.
+
+Such a class has `case, dtype, directions, offers(direction), fault(name, direction, call), flops(direction, name)`; see
+`attention.AttentionWork`. Another kind of case registers a suite of its own with `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from . import cases
+from .attention import AttentionWork
+from .measure import Budget
+from .modules import ModuleWork
+
+
+class Work(Protocol):
+    """One case made ready to be measured."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def directions(self) -> tuple[str, ...]: ...
+    def offers(self, direction: str) -> dict[str, Any]: ...
+    def fault(self, name: str, direction: str, call: Any) -> str: ...
+    def flops(self, direction: str, name: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups measured in the same way."""
+
+    work: Callable[[Any, str, frozenset[str]], Work]
+    groups: Callable[[], list[cases.Group]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """`memory`: whether peak memory is measured without being asked for."""
+
+    about: str
+    parts: tuple[Part, ...]
+    budget: Budget
+    memory: bool = False
+
+
+SUITES: dict[str, Suite] = {}
+
+
+def register(name: str, suite: Suite) -> None:
+    """Make a suite known to the command line."""
+    if name in SUITES:
+        raise ValueError(f"suite {name!r} is registered already")
+    SUITES[name] = suite
+
+
+_ATTENTION = (Part(AttentionWork, cases.models), Part(AttentionWork, cases.options))
+_MODULE = Part(ModuleWork, cases.modules)
+_SWEEP = (Part(AttentionWork, cases.sweep), Part(AttentionWork, cases.windows), Part(AttentionWork, cases.options))
+
+register("attention", Suite("layers of well-known models, and what options cost", _ATTENTION, Budget(0.5, 3)))
+register("module", Suite("nn.MultiheadAttention, swapped and not", (_MODULE,), Budget(0.6, 5)))
+register("cpu", Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE), Budget(1.5, 5), True))

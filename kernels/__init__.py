@@ -1,0 +1,1 @@
+"""Triton kernel bodies, installed as ``saccade.kernels``: they know tiles and pointers, never a module."""

@@ -1,0 +1,6 @@
+with_cuda: bool
+instruction_sets: tuple[str, ...]
+compiler: str
+torch_target: tuple[int, int]
+
+def cpu_features() -> list[str]: ...

@@ -1,0 +1,17 @@
+"""saccade: attention kernels for PyTorch."""
+
+from . import position, reference
+from .dropout import dropout_mask
+from .explain import Explanation, explain
+from .explain import list_backends as backends
+from .functional import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    merge,
+    scaled_dot_product_attention,
+)
+from .graph import Graph
+from .masks import Band, Causal, Chunks, KeyPadding, Mask, Segments, Window
+from .position import T5, ALiBi, RoPE, Shaw, TransformerXL
+from .scores import Additive, GATv2

@@ -1,0 +1,354 @@
+"""The operators as functions of autograd. First derivatives are kernels; all others follow from the
+reference, which is plain differentiable PyTorch, so that second derivatives, forward mode and vmap hold for
+every argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+from . import ops
+from .backends import reference
+from .problem import NORMALISED, Problem, Spec
+
+Tensors = tuple[Tensor | None, ...]
+_COUNT = 9  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v
+_SINK = 6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """The plain half of a call."""
+
+    spec: Spec
+    body: int
+
+    @property
+    def has_lse(self) -> bool:
+        return self.spec.activation in NORMALISED
+
+
+def attend(problem: Problem, body: int) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the operators, with derivatives."""
+    tensors, spec = problem.tensors, problem.spec
+    if _untracked(tensors):
+        return ops.forward(spec, tensors, spec.seed, body)
+    if torch.compiler.is_compiling():
+        function: type[Function] = Forward
+    else:
+        function = Eager if torch._C._functorch.peek_interpreter_stack() is None else Attention
+    return function.apply(*tensors, spec.seed, Call(spec, body))
+
+
+def attention_weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
+    """The weights [B, H, Sq, Sk'], or [B, Sq, Sk'] averaged over heads, after dropout, with derivatives."""
+    tensors, spec = problem.tensors, problem.spec
+    if _untracked(tensors):
+        return ops.weights(spec, lse, tensors, spec.seed, average)
+    function = PlainWeights if torch.compiler.is_compiling() else Weights
+    return function.apply(lse.detach(), *tensors, spec.seed, Call(spec, ops.TILED), average)
+
+
+def _untracked(tensors: Tensors) -> bool:
+    """No derivative and no transform looks at this call, so the operator may run bare."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return False
+    if torch.compiler.is_compiling():
+        return True
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+class Forward(Function):
+    """saccade::forward with its first derivative. The form torch.compile traces: it takes no jvp."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, seed, call = args
+        return ops.forward(call.spec, tuple(tensors), seed, call.body)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+        if not ctx.call.has_lse:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, seed, out, lse = ctx.saved_tensors
+        nothing = (None,) * (_COUNT + 2)
+        wanted = tuple(n for n in range(_COUNT) if ctx.needs_input_grad[n])
+        if (dout is None and dlse is None) or not wanted:
+            return nothing
+        if dout is None:
+            dout = torch.zeros_like(out)
+        inputs = (dout, dlse, out, lse, *tensors, seed)
+        if torch.compiler.is_compiling() or _untracked(inputs):
+            found = Backward.forward(*inputs, ctx.call, wanted)
+        else:
+            found = Backward.apply(*inputs, ctx.call, wanted)
+        grads: list[Any] = list(nothing)
+        for n, grad in zip(wanted, found, strict=True):
+            grads[n] = grad
+        return tuple(grads)
+
+
+class Attention(Forward):
+    """`Forward` with forward mode and vmap."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        *tensors, seed = ctx.saved_tensors[: _COUNT + 1]
+        present = _present(tensors)
+        run = _attend_fn(ctx.call, seed, present, (True, ctx.call.has_lse))
+        found = jvp_by_vjp(run, [tensors[n] for n in present], [tangents[n] for n in present])
+        return found if ctx.call.has_lse else (*found, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        *tensors, seed, call = args
+        if _folds(call, tensors, in_dims, seed):
+            q, k, v = (_folded(x, d, info.batch_size) for x, d in zip(tensors[:3], in_dims, strict=False))
+            folded = _with_batch(call, info.batch_size)
+            found = Attention.apply(q, k, v, *tensors[3:], seed, folded)
+            return _unfolded(found, info.batch_size)
+        return vmap_by_loop(Attention.apply, info, in_dims, args)
+
+
+class Eager(Function):
+    """`Attention` without a setup_context, which functorch needs and which costs 15 us a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        output = Forward.forward(*args)
+        Forward.setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(Forward.backward)
+    jvp = staticmethod(Attention.jvp)
+
+
+class Backward(Function):
+    """saccade::backward as a function of dout, dlse and the inputs; `out` and `lse` are taken for functions
+    of those.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        dout, dlse, out, lse, *tensors, seed, call, wanted = args
+        bits = sum(1 << _bit(n) for n in wanted if n != _SINK)
+        found: tuple[Tensor, ...] = ()
+        if bits:
+            found = ops.backward(call.spec, (dout, dlse, out, lse), tuple(tensors), seed, (call.body, bits))
+        return tuple(
+            _sink_gradient(call.spec, dout, dlse, out, lse, tensors[n])
+            if n == _SINK
+            else found[_bit(n)].to(tensors[n].dtype)
+            for n in wanted
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.call, ctx.wanted = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        run, present, primals = _gradient_fn(ctx)
+        _, pullback = _vjp(run, *primals)
+        grads: list[Any] = [None] * (4 + _COUNT + 3)
+        for n, grad in zip(present, pullback(tuple(cotangents)), strict=True):
+            grads[n] = grad
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        run, present, primals = _gradient_fn(ctx)
+        return jvp_by_vjp(run, primals, [tangents[n] for n in present])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        dout, dlse, out, lse, *tensors, seed, call, wanted = args
+        if _folds(call, tensors, in_dims[4:], seed):
+            joint = [_folded(x, d, info.batch_size) for x, d in zip(args[:7], in_dims, strict=False)]
+            found = Backward.apply(*joint, *tensors[3:], seed, _with_batch(call, info.batch_size), wanted)
+            return _unfolded(found, info.batch_size)
+        return vmap_by_loop(Backward.apply, info, in_dims, args)
+
+
+class PlainWeights(Function):
+    """saccade::weights; its derivatives are the reference's. The form torch.compile traces."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        lse, *tensors, seed, call, average = args
+        return ops.weights(call.spec, lse, tuple(tensors), seed, average)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, *tensors, ctx.call, ctx.average = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        *tensors, seed = ctx.saved_tensors
+        present = _present(tensors)
+        run = _weights_fn(ctx.call, seed, present, ctx.average)
+        _, pullback = _vjp(run, *(tensors[n] for n in present))
+        grads: list[Any] = [None] * (_COUNT + 4)
+        for n, grad in zip(present, pullback(cotangent), strict=True):
+            grads[n + 1] = grad
+        return tuple(grads)
+
+
+class Weights(PlainWeights):
+    """`PlainWeights` with forward mode and vmap."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        *tensors, seed = ctx.saved_tensors
+        present = _present(tensors)
+        run = _weights_fn(ctx.call, seed, present, ctx.average)
+        return jvp_by_vjp(run, [tensors[n] for n in present], [tangents[n + 1] for n in present])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return vmap_by_loop(Weights.apply, info, in_dims, args)
+
+
+def _bit(n: int) -> int:
+    """The place of input n among the operator's gradients, which lack the sink's."""
+    return n if n < _SINK else n - 1
+
+
+def _sink_gradient(
+    spec: Spec, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink: Tensor
+) -> Tensor:
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [B, H, Sq], packed [total, H]
+    delta = delta.t() if spec.layout.is_varlen else delta
+    if dlse is not None:
+        delta = delta - dlse
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(sink[:, None] - lse))
+    return -(share * delta).sum(-1) if spec.layout.is_varlen else -(share * delta).sum((0, 2))
+
+
+def _present(tensors: list[Tensor | None] | Tensors) -> list[int]:
+    return [n for n, x in enumerate(tensors) if x is not None]
+
+
+def _placed(values: tuple[Tensor, ...], present: list[int]) -> Tensors:
+    found: list[Tensor | None] = [None] * _COUNT
+    for n, value in zip(present, values, strict=True):
+        found[n] = value
+    return tuple(found)
+
+
+def _attend_fn(
+    call: Call, seed: Tensor | None, present: list[int], outputs: tuple[bool, bool]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The reference as a function of the tensors that are there, giving the outputs asked for."""
+    spec = replace(call.spec, seed=seed)
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        found = reference.attend(spec, _placed(values, present))
+        return tuple(x for x, asked in zip(found, outputs, strict=True) if asked)
+
+    return run
+
+
+def _weights_fn(call: Call, seed: Tensor | None, present: list[int], average: bool) -> Callable[..., Tensor]:
+    spec = replace(call.spec, seed=seed)
+
+    def run(*values: Tensor) -> Tensor:
+        found = reference.weigh(spec, _placed(values, present))[2].to(values[0].dtype)
+        return found.mean(1) if average else found
+
+    return run
+
+
+def _gradient_fn(ctx: Any) -> tuple[Callable[..., Any], list[int], list[Tensor]]:
+    """`Backward` by the reference: the function, the places of its arguments among the inputs, and their
+    values.
+    """
+    dout, dlse, _, _, *tensors, seed = ctx.saved_tensors
+    inside = _present(tensors)
+    run = _attend_fn(ctx.call, seed, inside, (True, dlse is not None))
+    heads = [dout] if dlse is None else [dout, dlse]
+
+    def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+        _, pullback = _vjp(run, *values[len(heads) :])
+        found = pullback(tuple(values[: len(heads)]))
+        return tuple(found[inside.index(n)] for n in ctx.wanted)
+
+    places = [*range(len(heads)), *(n + 4 for n in inside)]
+    return gradients, places, [*heads, *(tensors[n] for n in inside)]
+
+
+def _vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    found: Any = torch.func.vjp(run, *primals)
+    return found[0], found[1]
+
+
+def jvp_by_vjp(run: Callable[..., Any], primals: list[Any], tangents: list[Any]) -> Any:
+    """The directional derivative as the derivative of u -> vjp(u), which is linear. Unlike torch.func.jvp it
+    may run inside forward_ad.dual_level, which does not nest."""
+    tangents = [torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
+    outputs, pullback = _vjp(run, *primals)
+    single = isinstance(outputs, Tensor)
+    cotangents = (torch.zeros_like(outputs),) if single else tuple(map(torch.zeros_like, outputs))
+    _, push = _vjp(lambda *u: pullback(u[0] if single else u), *cotangents)
+    found = push(tuple(tangents))
+    return found[0] if single else found
+
+
+def vmap_by_loop(apply: Callable[..., Any], info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
+    """One call per entry: correct for every argument."""
+    found = []
+    for n in range(info.batch_size):
+        entry = (x.select(d, n) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))
+        found.append(apply(*entry))
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+
+def _folds(call: Call, tensors: list[Any], in_dims: Any, seed: Tensor | None) -> bool:
+    """Entries become batch entries where nothing but q, k and v tells those apart."""
+    args = call.spec.args
+    alone = all(t is None for t in tensors[3:]) and seed is None
+    return (
+        alone
+        and call.spec.layout.is_dense
+        and args.lengths is None
+        and args.keep is None
+        and args.q_ids is None
+    )
+
+
+def _folded(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if x is None:
+        return None
+    return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+
+def _with_batch(call: Call, size: int) -> Call:
+    return replace(call, spec=replace(call.spec, batch=size * call.spec.batch))
+
+
+def _unfolded(found: tuple[Tensor, ...], size: int) -> Any:
+    return tuple(x.unflatten(0, (size, -1)) if x.numel() else x.expand(size, *x.shape) for x in found), (
+        0,
+    ) * len(found)

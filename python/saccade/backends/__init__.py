@@ -1,0 +1,82 @@
+"""The backends, best first. Each module has NAME, unsupported(problem) -> reasons, kernel(problem),
+run(problem).
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+from torch import Tensor
+
+from ..problem import Problem
+from . import cpu, reference
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+_MODULES: dict[str, ModuleType] = {m.NAME: m for m in (cpu, reference)}
+_REFERENCE_KEYS = 4096
+_warned = False
+
+
+def available() -> list[str]:
+    """The names of the backends this machine has, best first."""
+    return [name for name in NAMES if name in _MODULES and not getattr(_MODULES[name], "missing", list)()]
+
+
+def named(name: object) -> ModuleType:
+    """The backend of this name. TypeError or ValueError for what is not a name of one."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend: expected a name, got {type(name).__name__}")
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {list(NAMES)}, got {name!r}")
+    if name not in _MODULES:
+        raise NotImplementedError(f"backend {name!r}: not installed here; this machine has {available()}")
+    return _MODULES[name]
+
+
+def reasons(problem: Problem) -> dict[str, list[str]]:
+    """Why not, for every backend; an empty list where it can."""
+    absent = ["not installed here"]
+    return {n: _MODULES[n].unsupported(problem) if n in _MODULES else absent for n in NAMES}
+
+
+def choose(problem: Problem, name: str | None = None) -> ModuleType:
+    """The backend for a problem: the first that can, or the one asked for, which never falls back."""
+    if name is not None:
+        module = named(name)
+        if module.unsupported(problem):
+            raise NotImplementedError(_refusal(name, problem))
+        return module
+    for module in _MODULES.values():
+        if not module.unsupported(problem):
+            if module is reference:
+                _warn_of_size(problem)
+            return module
+    raise NotImplementedError(_refusal(None, problem))
+
+
+def _refusal(name: str | None, problem: Problem) -> str:
+    head = (
+        "no backend can run this problem:" if name is None else f"backend {name!r} cannot run this problem:"
+    )
+    lines = [f"  {n}: {'; '.join(why) or 'can'}" for n, why in reasons(problem).items()]
+    return "\n".join([head, *lines])
+
+
+def _warn_of_size(problem: Problem) -> None:
+    global _warned
+    if _warned or problem.spec.seqlen_k <= _REFERENCE_KEYS:
+        return
+    _warned = True
+    why = "; ".join(f"{n}: {', '.join(r)}" for n, r in reasons(problem).items() if r)
+    warnings.warn(
+        f"saccade: the reference backend was chosen for {problem.spec.seqlen_k} keys; "
+        f"it keeps every weight in memory ({why})",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def run(problem: Problem, name: str | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) from the chosen backend."""
+    return choose(problem, name).run(problem)

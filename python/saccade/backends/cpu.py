@@ -1,0 +1,80 @@
+"""The compiled C++ kernels, through the operators of `torch.ops.saccade`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..autograd import attend
+from ..problem import DOT, Problem
+
+NAME = "cpu"
+_DECODE_ROWS = 8
+_DECODE_KEYS = 256
+
+
+def missing() -> list[str]:
+    """Why this machine cannot run the backend at all."""
+    return [] if ops.LOADED else [f"the operator library is missing ({ops.WHY_NOT})"]
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Reasons against this problem; none in the plain case."""
+    spec = problem.spec
+    found = missing()
+    if problem.q.device.type != "cpu":
+        found.append(f"device {problem.q.device}, not cpu")
+    if problem.position is not None:
+        found.append(f"position {type(problem.position).__name__} is not in its kernels")
+    graph = spec.args.graph
+    if graph is not None:
+        if problem.edge_bias is not None:
+            found.append("edge_bias needs the gather kernel")
+        if problem.edge_attr is not None:
+            found.append("edge_attr needs the gather kernel")
+        if graph.has_repeats:
+            found.append("a graph with repeated edges needs the gather kernel")
+    layout = spec.layout
+    if layout.seqused_k is not None and any(t is not None and t.requires_grad for t in problem.tensors):
+        found.append("gradients through a key cache")
+    return found
+
+
+def is_decode(problem: Problem) -> bool:
+    """Few queries over many keys are split over the keys. Measured rule: at most 8 query rows for each key
+    head, at least 256 keys, the dot score, nothing that is counted per pair (dropout, a graph) and no
+    gradient to a bias.
+    """
+    spec = problem.spec
+    if spec.layout.seqused_k is not None:
+        return True
+    return (
+        _known(spec.seqlen_q * spec.heads <= _DECODE_ROWS * spec.heads_k)
+        and _known(spec.seqlen_k >= _DECODE_KEYS)
+        and spec.score == DOT
+        and not spec.dropout_p
+        and spec.args.graph is None
+        and problem.extra_k is None
+        and problem.rel_bias is None
+        and not spec.layout.is_varlen
+    )
+
+
+def _known(condition: bool) -> bool:
+    """A traced graph must not depend on lengths that it leaves open."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return statically_known_true(condition)
+
+
+def kernel(problem: Problem) -> str:
+    """The name of the body that would run."""
+    return "decode" if is_decode(problem) else "tiled"
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked problem."""
+    return attend(problem, ops.DECODE if is_decode(problem) else ops.TILED)

@@ -1,0 +1,297 @@
+"""`Graph`: which query attends to which key, as edges. CSR by query; the other forms are built once, when
+first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .maskbase import Dims, Index, Mask, set_fields
+
+TILE = 64  # rows and columns of a tile: one 64-bit word per row
+
+
+class Graph(Mask):
+    """Edges from keys (sources) to queries (targets). They hold for every batch entry and head.
+
+    A repeated edge counts as often as it stands. Edges are numbered in the order in which they were given:
+    that is the order of `edge_index`, of `edge_bias` and of `edge_attr`.
+    """
+
+    __slots__ = (
+        "indptr",
+        "indices",
+        "edge_ids",
+        "num_queries",
+        "num_keys",
+        "num_edges",
+        "has_repeats",
+        "_cache",
+    )
+
+    indptr: Tensor  # [Sq + 1] int64
+    indices: Tensor  # [E] keys of the edges, by query, then by key; int32 where they fit
+    edge_ids: Tensor | None  # [E] int64: number of each edge as given; None where the order is the same
+    num_queries: int
+    num_keys: int
+    num_edges: int  # edges as given: the length of edge_bias
+    has_repeats: bool
+    _cache: dict[str, Any]
+
+    def __init__(
+        self, indptr: Tensor, indices: Tensor, edge_ids: Tensor | None, num_keys: int, num_edges: int
+    ) -> None:
+        rows = _rows_of(indptr, indices.numel())
+        repeats = (rows[1:] == rows[:-1]) & (indices[1:] == indices[:-1])
+        set_fields(
+            self, indptr=indptr, indices=indices, edge_ids=edge_ids, num_keys=num_keys, num_edges=num_edges
+        )
+        set_fields(
+            self, num_queries=indptr.numel() - 1, has_repeats=bool(repeats.any()), _cache={"rows": rows}
+        )
+
+    # -- making one
+    # ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int]) -> Graph:
+        """`edge_index` [2, E] ints: row 0 the source (key), row 1 the target (query), as in PyTorch
+        Geometric.
+
+        `num_nodes` is an int or `(num_sources, num_targets)`. Raises ValueError for an index out of range.
+        """
+        if not isinstance(edge_index, Tensor):
+            raise TypeError(f"edge_index: expected a tensor [2, E], got {type(edge_index).__name__}")
+        if edge_index.dim() != 2 or edge_index.shape[0] != 2:
+            raise ValueError(f"edge_index: expected shape [2, E], got {list(edge_index.shape)}")
+        _check_index_dtype("edge_index", edge_index)
+        num_keys, num_queries = _sizes(num_nodes)
+        keys, queries = edge_index.detach().long().unbind(0)
+        _check_range("edge_index[0] (sources)", keys, num_keys)
+        _check_range("edge_index[1] (targets)", queries, num_queries)
+        return _from_pairs(queries, keys, num_queries, num_keys)
+
+    @staticmethod
+    def from_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Graph:
+        """Row i of the CSR matrix [Sq, num_keys] holds the keys of query i: `indices[indptr[i]:indptr[i +
+        1]]`.
+        """
+        for name, value in (("indptr", indptr), ("indices", indices)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            _check_index_dtype(name, value)
+            if value.dim() != 1:
+                raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
+        indptr, indices = indptr.detach().long(), indices.detach().long()
+        if indptr.numel() == 0 or indptr.device != indices.device:
+            raise ValueError("indptr: expected at least one entry, on the device of indices")
+        if int(indptr[0]) != 0 or int(indptr[-1]) != indices.numel() or bool((indptr.diff() < 0).any()):
+            raise ValueError(f"indptr: expected to rise from 0 to {indices.numel()} (the number of indices)")
+        _check_range("indices", indices, num_keys)
+        return _from_pairs(_rows_of(indptr, indices.numel()), indices, indptr.numel() - 1, num_keys)
+
+    @staticmethod
+    def from_dense(mask: Tensor) -> Graph:
+        """`mask` [Sq, Sk] bool (True = keep), or a sparse COO/CSR tensor of that shape whose entries are the
+        edges.
+
+        Edges are numbered row by row; those of a COO tensor in the order of its indices.
+        """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a tensor [Sq, Sk], got {type(mask).__name__}")
+        if mask.dim() != 2:
+            raise ValueError(f"mask: expected shape [Sq, Sk], got {list(mask.shape)}")
+        if mask.layout == torch.sparse_csr:
+            return Graph.from_csr(mask.crow_indices(), mask.col_indices(), mask.shape[1])
+        if mask.layout == torch.sparse_coo:
+            return Graph.from_edge_index(mask._indices().flip(0), (mask.shape[1], mask.shape[0]))
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+        rows, keys = mask.detach().nonzero(as_tuple=True)
+        return _from_pairs(rows, keys, mask.shape[0], mask.shape[1])
+
+    @staticmethod
+    def batch(graphs: Sequence[Graph]) -> Graph:
+        """The block-diagonal graph: nodes and edges of each graph after those of the one before."""
+        graphs = list(graphs)
+        if not graphs or not all(isinstance(g, Graph) for g in graphs):
+            raise TypeError("graphs: expected a sequence of at least one Graph")
+        edges, keys, queries = [], 0, 0
+        for g in graphs:
+            edges.append(g.edge_index + torch.tensor([[keys], [queries]], device=g.indptr.device))
+            keys, queries = keys + g.num_keys, queries + g.num_queries
+        return Graph.from_edge_index(torch.cat(edges, 1), (keys, queries))
+
+    @staticmethod
+    def intersect(graphs: list[Graph]) -> Graph:
+        """The edges of the first graph whose pair all the others have. They keep the first one's numbers."""
+        first = graphs[0]
+        kept = None
+        for other in graphs[1:]:
+            has = other.keep(0, 0, first.rows, first.indices.long(), other.num_queries, other.num_keys)
+            kept = has if kept is None else kept & has
+        if kept is None:
+            return first
+        counts = torch.zeros_like(first.indptr)
+        counts.index_add_(0, first.rows[kept] + 1, torch.ones_like(first.rows[kept]))
+        ids = first.ids[kept]
+        return Graph(counts.cumsum(0), first.indices[kept], ids, first.num_keys, first.num_edges)
+
+    # -- looking at one
+    # -----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.indptr.device
+
+    @property
+    def rows(self) -> Tensor:
+        """[E] int64: the query of each stored edge, beside `indices`."""
+        return self._cache["rows"]
+
+    @property
+    def ids(self) -> Tensor:
+        """[E] int64: the number of each stored edge as it was given."""
+        if self.edge_ids is None:
+            return torch.arange(self.indices.numel(), device=self.device)
+        return self.edge_ids
+
+    @property
+    def edge_index(self) -> Tensor:
+        """[2, E] int64: sources and targets in the order in which they were given."""
+        stored = torch.stack([self.indices.long(), self.rows])
+        return stored if self.edge_ids is None else stored[:, self.edge_ids.argsort()]
+
+    def keep(self, b: Index, h: Index, i: Tensor, j: Tensor, sq: Index, sk: Index) -> Tensor:
+        pairs = self._once("pairs", lambda: self.rows * self.num_keys + self.indices)  # ascending
+        wanted = i * self.num_keys + j
+        if pairs.numel() == 0:
+            return torch.zeros_like(wanted, dtype=torch.bool)
+        found = torch.searchsorted(pairs, wanted.contiguous()).clamp_(max=pairs.numel() - 1)
+        return pairs[found] == wanted
+
+    def check(self, dims: Dims) -> None:
+        if (self.num_queries, self.num_keys) != (dims.seqlen_q, dims.seqlen_k):
+            raise ValueError(
+                f"mask: {self!r} is for {self.num_queries} queries and {self.num_keys} keys, "
+                f"the call has {dims.seqlen_q} and {dims.seqlen_k}"
+            )
+
+    def materialize(self, seqlen_q: int | None = None, seqlen_k: int | None = None) -> Tensor:
+        """The dense boolean [Sq, Sk]; the sizes are the graph's own unless given."""
+        sq = self.num_queries if seqlen_q is None else seqlen_q
+        return super().materialize(sq, self.num_keys if seqlen_k is None else seqlen_k)
+
+    # -- other forms
+    # --------------------------------------------------------------------------------------------
+
+    def transpose(self) -> Graph:
+        """Queries and keys exchanged; edges keep their numbers."""
+        return self._once(
+            "transpose",
+            lambda: Graph.from_edge_index(self.edge_index.flip(0), (self.num_queries, self.num_keys)),
+        )
+
+    def to(self, device: torch.device | str) -> Graph:
+        """The same graph on `device`."""
+        if self.device == torch.device(device):
+            return self
+        ids = None if self.edge_ids is None else self.edge_ids.to(device)
+        return Graph(self.indptr.to(device), self.indices.to(device), ids, self.num_keys, self.num_edges)
+
+    def add_self_loops(self) -> Graph:
+        """Adds the missing edges (i, i), after the existing ones. Needs as many keys as queries."""
+        if self.num_queries != self.num_keys:
+            raise ValueError(
+                f"add_self_loops: needs as many keys as queries, got {self.num_keys} and {self.num_queries}"
+            )
+        edges = self.edge_index
+        missing = torch.ones(self.num_queries, dtype=torch.bool, device=self.device)
+        missing[edges[0, edges[0] == edges[1]]] = False
+        loops = missing.nonzero().squeeze(1)
+        return Graph.from_edge_index(torch.cat([edges, loops.expand(2, -1)], 1), self.num_keys)
+
+    def prepare(self) -> Graph:
+        """Builds every cached form now, so that compiled and captured calls find them. Returns the graph
+        itself.
+        """
+        self.transpose()
+        if not self.has_repeats:
+            self.tiles()
+        self.keep(0, 0, self.rows[:1], self.indices[:1].long(), self.num_queries, self.num_keys)
+        return self
+
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tile form: CSR over the 64 x 64 tiles that hold an edge, one bit per pair. Only without repeated
+        edges.
+
+        Returns tile_ptr [ceil(Sq / 64) + 1] int64, tile_col [T] int32, tile_bits [T, 64] int64 (word = query
+        row, bit c = key column).
+        """
+        return self._once("tiles", self._build_tiles)
+
+    def _build_tiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.has_repeats:
+            raise ValueError("tiles: a graph with repeated edges has no tile form")
+        rows, keys = self.rows, self.indices.long()
+        across, down = -(-self.num_keys // TILE), -(-self.num_queries // TILE)
+        tile, slot = torch.unique((rows // TILE) * max(across, 1) + keys // TILE, return_inverse=True)
+        bits = torch.zeros(tile.numel() * TILE, dtype=torch.int64, device=self.device)
+        # No pair stands twice, so adding its bit is setting it.
+        bits.index_add_(0, slot * TILE + rows % TILE, torch.ones_like(keys) << (keys % TILE))
+        first = torch.arange(down + 1, device=self.device) * max(across, 1)
+        ptr = torch.searchsorted(tile, first)
+        return ptr, (tile % max(across, 1)).int(), bits.view(-1, TILE)
+
+    def _once(self, name: str, build: Any) -> Any:
+        if name not in self._cache:
+            self._cache[name] = build()
+        return self._cache[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cache": {"rows": self.rows}}
+
+    def __repr__(self) -> str:
+        return f"Graph({self.num_queries} queries, {self.num_keys} keys, {self.num_edges} edges)"
+
+
+def _rows_of(indptr: Tensor, num_edges: int) -> Tensor:
+    rows = torch.arange(indptr.numel() - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, indptr.diff(), output_size=num_edges)
+
+
+def _from_pairs(queries: Tensor, keys: Tensor, num_queries: int, num_keys: int) -> Graph:
+    pairs, order = torch.sort(queries * num_keys + keys, stable=True)
+    sorted_already = bool((order.diff() > 0).all())
+    counts = torch.zeros(num_queries + 1, dtype=torch.int64, device=keys.device)
+    counts.index_add_(0, queries + 1, torch.ones_like(queries))
+    indices = keys if sorted_already else keys[order]
+    if num_keys <= torch.iinfo(torch.int32).max:
+        indices = indices.int()
+    ids = None if sorted_already else order
+    return Graph(counts.cumsum(0), indices.contiguous(), ids, num_keys, pairs.numel())
+
+
+def _sizes(num_nodes: Any) -> tuple[int, int]:
+    sizes = tuple(num_nodes) if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
+    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
+        raise TypeError(f"num_nodes: expected an int or (num_sources, num_targets), got {num_nodes!r}")
+    if min(sizes) < 0:
+        raise ValueError(f"num_nodes: expected sizes >= 0, got {num_nodes!r}")
+    return sizes[0], sizes[1]
+
+
+def _check_index_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"{name}: expected an integer dtype, got {value.dtype}")
+
+
+def _check_range(name: str, values: Tensor, size: int) -> None:
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= size):
+        raise ValueError(
+            f"{name}: expected 0 <= index < {size}, got {int(values.min())} to {int(values.max())}"
+        )

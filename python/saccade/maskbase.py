@@ -1,0 +1,171 @@
+"""The base of all masks. `Mask.keep` is the single definition; every kernel's own form is compared with it in
+the tests.
+
+A mask is an immutable object; masks are joined with `&`. True means keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .graph import Graph
+
+UNBOUNDED = 1 << 62  # a bound no position reaches; twice it still fits in int64
+Index = Tensor | int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskArgs:
+    """A mask in the one normal form the operators take."""
+
+    band: tuple[int, int, int, int] = (UNBOUNDED,) * 4  # left_end, right_end, left_start, right_start
+    head_bounds: Tensor | None = None  # [H, 4] int64, replaces band
+    chunks: tuple[int, ...] = ()  # (size, left) pairs, flattened
+    lengths: Tensor | None = None  # [B] int64
+    keep: Tensor | None = None  # [B, Sk] bool
+    q_ids: Tensor | None = None  # [B, Sq] int32
+    k_ids: Tensor | None = None  # [B, Sk] int32
+    graph: Graph | None = None
+
+    @property
+    def is_band(self) -> bool:
+        return self.lengths is None and self.keep is None and self.q_ids is None and self.graph is None
+
+
+NO_MASK = MaskArgs()
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """What a mask must fit: `seqlen_*` are the longest sequences where there are several (`ragged`)."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    device: torch.device
+    ragged: bool = False
+
+
+class Mask:
+    """Which pairs (query i, key j) are kept, for each batch entry b and head h."""
+
+    __slots__ = ("_resolved",)
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return (self,)
+
+    def keep(self, b: Index, h: Index, i: Tensor, j: Tensor, sq: Index, sk: Index) -> Tensor:
+        """The definition: a boolean of the broadcast shape of the int64 indices `b, h, i, j`.
+
+        `sq` and `sk` are the numbers of queries and keys of the sequence, ints or tensors that broadcast too.
+        """
+        raise NotImplementedError
+
+    def check(self, dims: Dims) -> None:
+        """Raise ValueError where this part cannot serve such a call. Reads shapes only, never values."""
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask with its tensors on `device`."""
+        return self
+
+    @property
+    def num_batch(self) -> int | None:
+        """The number of batch entries the values are given for; None where they hold for every one."""
+        return None
+
+    @property
+    def num_heads(self) -> int | None:
+        """The number of heads the values are given for; None where they hold for every one."""
+        return None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the values are; None without tensors."""
+        return None
+
+    @property
+    def static(self) -> MaskArgs | None:
+        """The normal form where it is the same for every call: bands of plain ints. None otherwise."""
+        return None
+
+    def __and__(self, other: object) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        from .join import And
+
+        return And(self.parts + other.parts)
+
+    def materialize(self, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """The dense boolean, [Sq, Sk] with leading [B] and [H] where the parts need them. For tests and
+        pictures.
+        """
+        dims = Dims(
+            self.num_batch or 1,
+            self.num_heads or 1,
+            seqlen_q,
+            seqlen_k,
+            self.device or torch.device("cpu"),
+            True,
+        )
+        for part in self.parts:
+            part.check(dims)
+
+        def axis(n: int, dim: int) -> Tensor:
+            return torch.arange(n, device=dims.device).view([-1 if d == dim else 1 for d in range(4)])
+
+        full = self.keep(
+            axis(dims.batch, 0), axis(dims.heads, 1), axis(seqlen_q, 2), axis(seqlen_k, 3), seqlen_q, seqlen_k
+        )
+        full = full.expand(dims.batch, dims.heads, seqlen_q, seqlen_k)
+        if self.num_heads is None:
+            full = full[:, 0]
+        return (full[0] if self.num_batch is None else full).contiguous()
+
+    def plot(self, seqlen_q: int, seqlen_k: int, ax: Any = None) -> Any:
+        """Draw the mask with matplotlib: kept pairs dark, one picture per batch entry and head. Returns the
+        axes.
+        """
+        import matplotlib.pyplot as plt
+
+        pictures = self.materialize(seqlen_q, seqlen_k).reshape(-1, seqlen_q, seqlen_k).cpu()
+        if ax is None:
+            _, ax = plt.subplots(1, len(pictures), squeeze=False)
+            ax = ax[0, 0] if len(pictures) == 1 else ax[0]
+        for axes, picture in zip([ax] if len(pictures) == 1 else ax, pictures, strict=True):
+            axes.imshow(picture.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xlabel="key j", ylabel="query i", title=repr(self))
+        return ax
+
+    def resolve(self, dims: Dims) -> MaskArgs:
+        """The normal form for a call of these dimensions; kept for the next call of the same ones."""
+        from .join import resolve
+
+        if torch.compiler.is_compiling():  # a cache written inside a traced region would hold traced tensors
+            return resolve(self.parts, dims)
+        last = getattr(self, "_resolved", None)
+        if last is None or last[0] != dims:
+            last = (dims, resolve(self.parts, dims))
+            object.__setattr__(self, "_resolved", last)
+        return last[1]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is immutable")
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = [n for c in type(self).__mro__ for n in getattr(c, "__slots__", ())]
+        return {n: getattr(self, n) for n in names if n != "_resolved" and hasattr(self, n)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        set_fields(self, **state)
+
+
+def set_fields(obj: object, **values: object) -> None:
+    for name, value in values.items():
+        object.__setattr__(obj, name, value)

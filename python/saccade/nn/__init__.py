@@ -1,0 +1,5 @@
+"""Modules with torch's constructors, parameters and results, over `saccade.attention`."""
+
+from .attention import MultiheadAttention
+
+__all__ = ["MultiheadAttention"]

@@ -1,0 +1,162 @@
+"""The operator library: loading it, what its operators return (fakes), and their arguments from a `Spec`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import memory_order
+from .problem import NORMALISED, SOFTMAX1, Spec, accumulator
+
+TILED, DECODE = 0, 1
+PATH = os.environ.get("SACCADE_OPS_LIBRARY") or str(Path(__file__).with_name("libsaccade_ops.so"))
+_NO_GRAPH = (None, None, None)
+
+
+def _load() -> tuple[bool, str]:
+    if not Path(PATH).is_file():
+        return False, f"no file {PATH}; build the package with a C++ compiler"
+    try:
+        torch.ops.load_library(PATH)
+    except (OSError, RuntimeError) as error:
+        return False, f"{PATH}: {error}"
+    return True, ""
+
+
+LOADED, WHY_NOT = _load()
+
+
+def mask_arguments(spec: Spec) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """The mask's tensors, the graph's tensors and the mask's numbers, as the operators take them."""
+    args = spec.args
+    graph = _NO_GRAPH if args.graph is None else args.graph.tiles()
+    tensors = (args.head_bounds, args.lengths, args.keep, args.q_ids, args.k_ids)
+    return tensors, graph, (args.band, args.chunks)
+
+
+def call_arguments(spec: Spec, seed: Tensor | None) -> tuple[Any, ...]:
+    """The arguments from `seed` to `dropout_p`: everything but the differentiable tensors and the body."""
+    tensors, graph, numbers = mask_arguments(spec)
+    at = spec.layout
+    lengths = (0, 0) if at.is_dense else (spec.seqlen_q, spec.seqlen_k)
+    return (
+        seed, *tensors, at.cu_seqlens_q, at.cu_seqlens_k, at.seqused_k, at.page_table, at.beam, *graph,
+        *numbers, *lengths, spec.score, spec.activation, spec.scale, spec.softcap, spec.slope, spec.dropout_p,
+    )  # fmt: skip
+
+
+if LOADED:
+    # A fake sees every argument of its schema and reads by name the few that shape the result.
+
+    def _places(name: str) -> dict[str, int]:
+        schema = getattr(torch.ops.saccade, name).default._schema
+        return {argument.name: n for n, argument in enumerate(schema.arguments)}
+
+    _FORWARD, _BACKWARD, _WEIGHTS = map(_places, ("forward", "backward", "weights"))
+
+    @torch.library.register_fake("saccade::forward")
+    def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+        q, v = args[0], args[2]
+        order = list(args[_FORWARD["out_order"]])
+        sizes = (*q.shape[:-1], v.shape[-1])
+        out = q.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(q.dim())])
+        packed = args[_FORWARD["cu_seqlens_q"]] is not None
+        shape = (q.shape[1], q.shape[0]) if packed else q.shape[:-1]
+        has_lse = args[_FORWARD["activation"]] in NORMALISED
+        return out, q.new_empty(shape if has_lse else (0,), dtype=accumulator(q.dtype))
+
+    @torch.library.register_fake("saccade::backward")
+    def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+        q, needs = args[_BACKWARD["q"]], args[_BACKWARD["needs"]]
+        found = []
+        for bit, name in enumerate(("q", "k", "v", "bias", "rel_bias", "weight", "extra_k", "extra_v")):
+            like, dtype = args[_BACKWARD[name]], q.dtype if bit < 3 else accumulator(q.dtype)
+            if like is None or not needs & (1 << bit):
+                found.append(q.new_empty(0, dtype=dtype))
+                continue
+            shape = like.shape
+            if bit < 3:  # dense, its dimensions in memory in the order of its argument's strides
+                order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+                found.append(
+                    q.new_empty([shape[d] for d in order]).permute(
+                        [order.index(d) for d in range(like.dim())]
+                    )
+                )
+                continue
+            if name == "bias":
+                shape = [1 if stride == 0 else n for n, stride in zip(shape, like.stride(), strict=True)]
+            found.append(q.new_empty(shape, dtype=dtype))
+        return tuple(found)
+
+    @torch.library.register_fake("saccade::weights")
+    def _weights_fake(*args: Any) -> Tensor:
+        q, k = args[_WEIGHTS["q"]], args[_WEIGHTS["k"]]
+        extra, softmax1 = args[_WEIGHTS["extra_k"]] is not None, args[_WEIGHTS["activation"]] == SOFTMAX1
+        head = q.shape[:1] if args[_WEIGHTS["average"]] else q.shape[:2]
+        return q.new_empty((*head, q.shape[2], k.shape[2] + extra + softmax1))
+
+
+def forward(
+    spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None, body: int
+) -> tuple[Tensor, Tensor]:
+    """`saccade::forward` on the tensors of `Problem.tensors`."""
+    q, k, v, bias, *rest = _contiguous_terms(tensors)
+    assert q is not None
+    return torch.ops.saccade.forward.default(
+        q,
+        k,
+        v,
+        _expanded(spec, bias),
+        *rest,
+        *call_arguments(spec, seed),
+        body,
+        spec.layout.out_order or memory_order(q),
+    )
+
+
+def backward(
+    spec: Spec,
+    grads: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    tensors: tuple[Tensor | None, ...],
+    seed: Tensor | None,
+    body_and_needs: tuple[int, int],
+) -> tuple[Tensor, ...]:
+    """`saccade::backward`; `grads` is dout, dlse, out, lse."""
+    q, k, v, bias, *rest = _contiguous_terms(tensors)
+    call = call_arguments(spec, seed)
+    return torch.ops.saccade.backward.default(
+        *grads, q, k, v, _expanded(spec, bias), *rest, *call, *body_and_needs
+    )
+
+
+def weights(
+    spec: Spec, lse: Tensor, tensors: tuple[Tensor | None, ...], seed: Tensor | None, average: bool
+) -> Tensor:
+    """`saccade::weights`."""
+    q, k, _, bias, rel_bias, weight, _, extra_k, _ = _contiguous_terms(tensors)
+    call = call_arguments(spec, seed)
+    return torch.ops.saccade.weights.default(
+        lse, q, k, _expanded(spec, bias), rel_bias, weight, extra_k, *call, average
+    )
+
+
+def _contiguous_terms(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """q, k, v and the bias may have any strides; the kernels index the small terms as plain arrays."""
+    if all(x is None for x in tensors[4:]):
+        return tensors
+    return (*tensors[:4], *(None if x is None else x.contiguous() for x in tensors[4:]))
+
+
+def _expanded(spec: Spec, bias: Tensor | None) -> Tensor | None:
+    """The bias at its full size, stride 0 exactly where it is broadcast: the operator sums its gradient
+    there.
+    """
+    if bias is None:
+        return None
+    if any(n > 1 and s == 0 for n, s in zip(bias.shape, bias.stride(), strict=True)):
+        bias = bias.contiguous()
+    return bias.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)

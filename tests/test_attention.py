@@ -1,0 +1,138 @@
+"""Every option on every backend against fp64, by the yardstick; pairwise by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import saccade
+import torch
+from saccade.testing import Shape, check_attention, make_inputs, pairwise
+from torch import Tensor
+
+SIZES = [(1, 1), (1, 147), (17, 33), (53, 29), (113, 203), (128, 128), (65, 64)]
+MASKS = [
+    "none", "causal", "causal-start", "window", "window-start", "band", "empty-band", "head-window",
+    "lengths", "keep", "segments", "chunks", "graph", "causal&lengths", "graph&causal&keep", "all-empty",
+]  # fmt: skip
+AXES: dict[str, list[Any]] = {
+    "size": SIZES,
+    "mask": MASKS,
+    "dtype": [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    "heads": [(4, 4), (4, 2), (3, 1)],
+    "dims": [(16, 16), (5, 7), (1, 1), (64, 64), (33, 20)],
+    "order": ["bhsd", "bshd", "sbhd", "bhds"],
+    "bias": [None, (0, 1, 2, 3), (1, 3), (3,), "-inf", "float32"],
+    "position": [None, "alibi", "t5", "rope", "shaw", "transformer-xl"],
+    "score": ["dot", "additive", "gatv2"],
+    "activation": ["softmax", "relu", "sigmoid", "softmax1"],
+    "sink": [False, True],
+    "softcap": [None, 2.0],
+    "dropout_p": [0.0, 0.3],
+    "scale": [None, 0.5],
+}
+
+
+def make_mask(name: str, shape: Shape) -> saccade.Mask | None:
+    sq, sk, batch = shape.seqlen_q, shape.seqlen_k, shape.batch
+    draw = torch.Generator().manual_seed(3)
+    lengths = torch.randint(0, sk + 1, (batch,), generator=draw)
+    keep = torch.rand(batch, sk, generator=draw) < 0.7
+    ids = [torch.randint(0, 3, (batch, n), generator=draw) for n in (sq, sk)]
+    graph = saccade.Graph.from_dense(torch.rand(sq, sk, generator=draw) < 0.3)
+    bounds = torch.randint(0, 20, (shape.heads,), generator=draw)
+    masks: dict[str, Any] = {
+        "none": None,
+        "causal": saccade.Causal(),
+        "causal-start": saccade.Causal(align="start"),
+        "window": saccade.Window(7, 3),
+        "window-start": saccade.Window(5, None, align="start"),
+        "band": saccade.Band(20, -2),
+        "empty-band": saccade.Band(-30, None),
+        "head-window": saccade.Window(bounds, 2),
+        "lengths": saccade.KeyPadding(lengths),
+        "keep": saccade.KeyPadding(keep),
+        "segments": saccade.Segments(*ids),
+        "chunks": saccade.Chunks(8, 1, align="end"),
+        "graph": graph,
+        "causal&lengths": saccade.Causal() & saccade.KeyPadding(lengths),
+        "graph&causal&keep": graph & saccade.Causal(align="start") & saccade.KeyPadding(keep),
+        "all-empty": saccade.KeyPadding(torch.zeros(batch, dtype=torch.int64)),
+    }
+    return masks[name]
+
+
+def make_position(name: str | None, shape: Shape) -> Any:
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size).requires_grad_()
+
+    heads, dim = shape.heads, shape.head_dim
+    return {
+        None: lambda: None,
+        "alibi": lambda: saccade.ALiBi((draw(heads) / 16).detach().requires_grad_()),
+        "t5": lambda: saccade.T5(draw(8, heads), max_distance=40),
+        "rope": lambda: saccade.RoPE(dim=dim - dim % 2) if dim > 1 else None,
+        "shaw": lambda: saccade.Shaw(draw(9, dim)),
+        "transformer-xl": lambda: saccade.TransformerXL(
+            draw(shape.seqlen_q + shape.seqlen_k - 1, dim), draw(heads, dim), draw(heads, dim)
+        ),
+    }[name]()
+
+
+def make_score(name: str, shape: Shape) -> Any:
+    weight = torch.randn(shape.heads, shape.head_dim) / shape.head_dim**0.5
+    weight.requires_grad_()
+    return {"dot": "dot", "additive": saccade.Additive(weight), "gatv2": saccade.GATv2(weight, 0.1)}[name]
+
+
+def make_bias(kind: Any, shape: Shape, dtype: torch.dtype) -> Tensor | None:
+    if kind is None:
+        return None
+    full = (shape.batch, shape.heads, shape.seqlen_q, shape.seqlen_k)
+    dims = kind if isinstance(kind, tuple) else (0, 1, 2, 3)
+    bias = torch.randn([n if d in dims else 1 for d, n in enumerate(full)][min(dims) :])
+    if kind == "-inf":
+        bias.masked_fill_(torch.rand(bias.shape) < 0.3, -torch.inf)
+    return bias.to(torch.float32 if kind == "float32" else dtype).requires_grad_()
+
+
+def arrange(case: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, Tensor], Any, dict[str, Any]]:
+    """A case of the axes as arguments; what does not go together is left out."""
+    case = dict(case)
+    if case["score"] != "dot" and case["position"] in ("shaw", "transformer-xl"):
+        case["position"] = None
+    # The yardstick compares two largest errors: few numbers would make that a matter of luck.
+    batch = 2 if case["size"][0] * case["size"][1] > 1000 else 16
+    shape = Shape(batch, *case["heads"], *case["size"], *case["dims"])
+    softmax = case["activation"] in ("softmax", "softmax1")
+    options = {
+        "bias": make_bias(case["bias"], shape, case["dtype"]),
+        "position": make_position(case["position"], shape),
+        "score": make_score(case["score"], shape),
+        "activation": case["activation"],
+        "sink": torch.randn(shape.heads).requires_grad_()
+        if case["sink"] and case["activation"] == "softmax"
+        else None,
+        "softcap": case["softcap"],
+        "dropout_p": case["dropout_p"],
+        "seed": 1234567890123,
+        "scale": case["scale"],
+        "return_lse": softmax,
+    }
+    return make_inputs(shape, case["dtype"], case["order"]), make_mask(case["mask"], shape), options
+
+
+def run_case(case: dict[str, Any], backend: str) -> None:
+    inputs, mask, options = arrange(case)
+    if backend != "reference" and saccade.explain(*inputs, mask, **options).backend != backend:
+        pytest.skip(f"not for {backend}")
+    check_attention(inputs, mask, backend, **options)
+
+
+def label(case: dict[str, Any]) -> str:
+    return "-".join(str(x).replace(" ", "").replace("torch.", "") for x in case.values())
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=label)
+def test_pairwise(case: dict[str, Any], backend: str) -> None:
+    run_case(case, backend)

@@ -1,0 +1,202 @@
+"""Bad input: the right exception, naming the argument, raised before any kernel starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import saccade
+import torch
+from saccade import Band, Chunks, Graph, KeyPadding, Segments, Window
+from saccade.backends import named
+from saccade.testing import Shape, make_inputs
+
+Q, K, V = (x.detach() for x in make_inputs(Shape(2, 4, 2, 5, 7, 8, 6)))
+GRAPH = Graph.from_edge_index(torch.tensor([[0, 6, 2], [0, 4, 2]]), (7, 5))
+CU = torch.tensor([0, 2, 5])
+PACKED = torch.randn(5, 4, 8)
+CACHE = torch.randn(2, 2, 7, 8)
+
+
+def attend(q: Any = Q, k: Any = K, v: Any = V, mask: Any = None, **options: Any) -> Callable[[], Any]:
+    return lambda: saccade.attention(q, k, v, mask, **options)
+
+
+def packed(
+    cu_q: Any = CU, cu_k: Any = CU, max_q: Any = 3, max_k: Any = 3, **options: Any
+) -> Callable[[], Any]:
+    return lambda: saccade.attention_varlen(PACKED, PACKED, PACKED, cu_q, cu_k, max_q, max_k, **options)
+
+
+def decode(lengths: Any = None, **options: Any) -> Callable[[], Any]:
+    lengths = torch.tensor([3, 7]) if lengths is None else lengths
+    return lambda: saccade.attention_decode(Q, CACHE, CACHE, lengths, **options)
+
+
+BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+    # q, k, v
+    (TypeError, "q: expected a tensor", attend(q=[1.0])),
+    (TypeError, "v: expected a tensor", attend(v=None)),
+    (ValueError, "q: expected dtype", attend(Q.int(), K.int(), V.int())),
+    (ValueError, "k: expected the dtype of q", attend(k=K.double())),
+    (ValueError, "v: expected the dtype of q", attend(v=V.bfloat16())),
+    (ValueError, "k: expected the device of q", attend(k=K.to("meta"))),
+    (ValueError, "q: expected shape", attend(q=Q[0, 0])),
+    (ValueError, "k: expected 4 dimensions", attend(k=K[0])),
+    (ValueError, "v: expected 3 dimensions", attend(Q[0], K[0])),
+    (ValueError, "k: expected batch 2", attend(k=K[:1], v=V[:1])),
+    (ValueError, "k: expected a number of heads that divides", attend(Q[:, :3])),
+    (ValueError, "k: expected the head dimension of q", attend(k=K[..., :5])),
+    (ValueError, "head dimension of q (at least 1)", attend(Q[..., :0], K[..., :0])),
+    (ValueError, "v: expected shape", attend(v=V[:, :, :3])),
+    (ValueError, "v: expected shape", attend(v=V[..., :0])),
+    # the mask
+    (TypeError, "Graph.from_dense", attend(mask=torch.ones(5, 7).bool())),
+    (TypeError, "mask: expected a saccade.Mask", attend(mask="causal")),
+    (TypeError, "window: expected a pair", attend(window=3)),
+    (ValueError, "left: a window reaches", attend(window=(-1, 0))),
+    (ValueError, "use None", lambda: Window(0, -1)),
+    (ValueError, "left: a window reaches", lambda: Window(torch.tensor([2, -1]), 0)),
+    (TypeError, "right: expected an int", lambda: Band(None, 1.5)),
+    (ValueError, "left: expected shape", lambda: Band(torch.zeros(2, 2).int())),
+    (ValueError, "align: expected", lambda: Band(1, 1, align="middle")),
+    (ValueError, "bounds for 3 heads", attend(mask=Band(torch.tensor([1, 2, 3]), 0))),
+    (TypeError, "unsupported operand", lambda: Band() & 3),
+    (ValueError, "lengths: expected values >= 0", lambda: KeyPadding(torch.tensor([2, -1]))),
+    (ValueError, "lengths: expected an integer dtype", lambda: KeyPadding(torch.tensor([2.0]))),
+    (ValueError, "keep: expected dtype torch.bool", lambda: KeyPadding(keep=torch.ones(2, 7))),
+    (TypeError, "expected lengths or keep", lambda: KeyPadding()),
+    (ValueError, "length of 8, the call has 7 keys", attend(mask=KeyPadding(torch.tensor([2, 8])))),
+    (ValueError, "batch of 3, the call has 2", attend(mask=KeyPadding(torch.tensor([2, 3, 4])))),
+    (ValueError, "KeyPadding has 6 keys", attend(mask=KeyPadding(torch.ones(2, 6).bool()))),
+    (ValueError, "is on meta", attend(mask=KeyPadding(torch.ones(2, 7, device="meta").bool()))),
+    (ValueError, "say Segments(q_ids, k_ids)", attend(mask=Segments(torch.zeros(2, 5).int()))),
+    (ValueError, "key ids", attend(mask=Segments(torch.zeros(2, 5).int(), torch.zeros(2, 6).int()))),
+    (ValueError, "q_ids: expected an integer dtype", lambda: Segments(torch.zeros(2, 5))),
+    (ValueError, "k_ids: expected the batch",
+     lambda: Segments(torch.zeros(2, 5).int(), torch.zeros(1, 5).int())),
+    (ValueError, 'say Chunks(size, left, align="end")', attend(mask=Chunks(2, 1))),
+    (ValueError, "size: expected at least 1", lambda: Chunks(0, 1)),
+    (ValueError, "left: expected at least 0", lambda: Chunks(2, -1)),
+    # graphs
+    (TypeError, "edge_index: expected a tensor", lambda: Graph.from_edge_index([[0], [0]], 2)),
+    (ValueError, "edge_index: expected shape", lambda: Graph.from_edge_index(torch.zeros(3, 2).long(), 2)),
+    (ValueError, "edge_index: expected an integer", lambda: Graph.from_edge_index(torch.zeros(2, 2), 2)),
+    (ValueError, r"edge_index[0] (sources): expected 0 <= index < 2, got 0 to 2",
+     lambda: Graph.from_edge_index(torch.tensor([[0, 2], [0, 1]]), 2)),
+    (ValueError, "edge_index[1] (targets)", lambda: Graph.from_edge_index(torch.tensor([[0], [-1]]), 2)),
+    (TypeError, "num_nodes", lambda: Graph.from_edge_index(torch.zeros(2, 0).long(), 2.0)),
+    (ValueError, "indptr: expected to rise",
+     lambda: Graph.from_csr(torch.tensor([0, 2, 1]), torch.tensor([0]), 3)),
+    (ValueError, "indices: expected 0 <= index < 3",
+     lambda: Graph.from_csr(torch.tensor([0, 1]), torch.tensor([3]), 3)),
+    (ValueError, "mask: expected dtype torch.bool", lambda: Graph.from_dense(torch.ones(2, 2))),
+    (ValueError, "mask: expected shape [Sq, Sk]", lambda: Graph.from_dense(torch.ones(2).bool())),
+    (TypeError, "graphs: expected", lambda: Graph.batch([])),
+    (ValueError, "as many keys as queries", lambda: GRAPH.add_self_loops()),
+    (ValueError, "the call has 5 and 7", attend(mask=Graph.from_dense(torch.ones(7, 5).bool()))),
+    (ValueError, "edge_bias: needs a Graph", attend(edge_bias=torch.zeros(3))),
+    (ValueError, "edge_bias: expected shape [3] or [4, 3]", attend(mask=GRAPH, edge_bias=torch.zeros(4))),
+    (TypeError, "edge_attr: expected a pair", attend(mask=GRAPH, edge_attr=torch.zeros(3, 2))),
+    (ValueError, "edge_attr: needs Dv == D",
+     attend(mask=GRAPH, edge_attr=(torch.zeros(3, 2), torch.zeros(4, 8, 2)))),
+    (ValueError, "edge_attr's W: expected shape [4, 8, 2]",
+     attend(v=K, mask=GRAPH, edge_attr=(torch.zeros(3, 2), torch.zeros(8, 2)))),
+    # terms
+    (ValueError, "bias: expected a float dtype, got torch.bool", attend(bias=torch.ones(5, 7).bool())),
+    (TypeError, "bias: expected a tensor", attend(bias=1.0)),
+    (ValueError, "bias: expected a shape that broadcasts to [2, 4, 5, 7]", attend(bias=torch.zeros(2, 5, 7))),
+    (ValueError, "bias: expected the device", attend(bias=torch.zeros(5, 7, device="meta"))),
+    (ValueError, "sink: expected shape [4]", attend(sink=torch.zeros(2))),
+    (ValueError, "sink: belongs to the softmax", attend(sink=torch.zeros(4), activation="relu")),
+    (ValueError, "sink: belongs to the softmax", attend(sink=torch.zeros(4), activation="softmax1")),
+    (ValueError, "return_lse: relu", attend(return_lse=True, activation="relu")),
+    (ValueError, "return_lse: sigmoid", attend(return_lse=True, activation="sigmoid")),
+    (ValueError, "activation: expected one of", attend(activation="gelu")),
+    (TypeError, "activation: expected a string", attend(activation=torch.relu)),
+    (ValueError, "score: expected", attend(score="cosine")),
+    (TypeError, "score: expected", attend(score=None)),
+    (ValueError, "score's weight: expected shape [4, 8]", attend(score=saccade.Additive(torch.zeros(4, 7)))),
+    (TypeError, "weight: expected a tensor", lambda: saccade.GATv2([1.0])),
+    (TypeError, "position: expected", attend(position=torch.zeros(4))),
+    (ValueError, "position: ALiBi is for 3 heads", attend(position=saccade.ALiBi(torch.zeros(3)))),
+    (ValueError, "position: T5 is for 2 heads", attend(position=saccade.T5(torch.zeros(8, 2)))),
+    (ValueError, "position: Shaw has vectors of 7", attend(position=saccade.Shaw(torch.zeros(5, 7)))),
+    (ValueError, "needs Sq + Sk - 1 = 11 rows",
+     attend(position=saccade.TransformerXL(torch.zeros(5, 8), torch.zeros(4, 8), torch.zeros(4, 8)))),
+    (ValueError, "needs the dot score",
+     attend(position=saccade.Shaw(torch.zeros(5, 8)), score=saccade.GATv2(torch.zeros(8)))),
+    (ValueError, "RoPE turns an even number", attend(position=saccade.RoPE(dim=10))),
+    (TypeError, "scale: expected a float", attend(scale="1")),
+    (ValueError, "softcap: expected a positive number", attend(softcap=0.0)),
+    (ValueError, "dropout_p: expected 0 <= dropout_p <= 1", attend(dropout_p=1.5)),
+    (TypeError, "dropout_p: expected a float", attend(dropout_p="half")),
+    (TypeError, "seed: expected an int", attend(dropout_p=0.5, seed=1.5)),
+    (ValueError, "seed: expected an int64 tensor", attend(dropout_p=0.5, seed=torch.zeros(2).long())),
+    # backends
+    (TypeError, "backend: expected a name", attend(backend=1)),
+    (ValueError, "backend: expected one of", attend(backend="flash")),
+    # packed sequences and caches
+    (TypeError, "cu_seqlens_q: expected an integer tensor", packed(cu_q=[0, 5])),
+    (ValueError, "cu_seqlens_q: expected an int32 or int64", packed(cu_q=CU.float())),
+    (ValueError, "cu_seqlens_q: expected values from 0 to 5", packed(cu_q=torch.tensor([0, 2, 4]))),
+    (ValueError, "cu_seqlens_k: expected values that do not fall",
+     packed(cu_k=torch.tensor([0, 6, 5]), max_k=9)),
+    (ValueError, "cu_seqlens_k: expected shape [3]", packed(cu_k=torch.tensor([0, 5]), max_k=5)),
+    (ValueError, "max_seqlen_q: expected at least 3", packed(max_q=2)),
+    (TypeError, "max_seqlen_k: expected an int", packed(max_k=3.0)),
+    (ValueError, "bias: serves dense calls only", packed(bias=torch.zeros(5, 5))),
+    (ValueError, "mask: a Graph serves dense calls only",
+     packed(mask=Graph.from_dense(torch.ones(3, 3).bool()))),
+    (ValueError, "lengths: expected values from 0 to 7, got 3 to 8", decode(torch.tensor([3, 8]))),
+    (ValueError, "lengths: expected shape [2]", decode(torch.tensor([3]))),
+    (ValueError, "page_table: expected 0 <= entry < 2", decode(page_table=torch.tensor([[0], [2]]))),
+    (ValueError, "page_table: expected shape [2, pages]", decode(page_table=torch.zeros(3, 1).int())),
+    (ValueError, "beam: expected 0 <= entry < 2", decode(beam=torch.full((2, 7), -1))),
+    (ValueError, "beam: expected no page_table",
+     decode(beam=torch.zeros(2, 7).int(), page_table=torch.zeros(2, 1).int())),
+    # merge
+    (ValueError, "merge: expected as many outs as lses", lambda: saccade.merge([Q], [])),
+    (ValueError, "merge: expected lse", lambda: saccade.merge([Q], [Q])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "call"), BAD, ids=[f"{n}-{m[:40]}" for n, (_, m, _) in enumerate(BAD)]
+)
+def test_bad_input(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert type(caught.value) is kind and message in str(caught.value)
+
+
+def test_a_named_backend_never_falls_back_and_gives_every_reason() -> None:
+    options = {"position": saccade.Shaw(torch.randn(3, 8))}
+    with pytest.raises(NotImplementedError) as caught:
+        saccade.attention(Q, K, V, **options, backend="cpu")
+    text = str(caught.value)
+    assert (
+        "'cpu' cannot run" in text
+        and "Shaw" in text
+        and all(f"  {n}: " in text for n in ("cuda", "triton", "reference"))
+    )
+    for name in ("cuda", "triton"):
+        if name not in saccade.backends():
+            with pytest.raises(NotImplementedError, match=f"backend '{name}'"):
+                saccade.attention(Q, K, V, backend=name)
+
+
+def test_explain_tells_what_would_run() -> None:
+    told = saccade.explain(Q, K, V, GRAPH, edge_bias=torch.zeros(3))
+    assert (
+        told.backend == "reference"
+        and told.kernel == "edges"
+        and set(told.reasons) == {"cuda", "triton", "cpu"}
+    )
+    assert (
+        "edge_bias" in "".join(told.reasons["cpu"])
+        and "-> reference" in str(told)
+        and "5 queries" in str(told)
+    )
+    assert saccade.backends()[-1] == "reference" and named("reference").NAME == "reference"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .cases import DTYPES, TRAIN, Case
+from .cases import DTYPES, Case
 from .check import Oracle
 from .peers import PROVIDERS, Call, Inputs
 
@@ -16,7 +16,7 @@ class AttentionWork:
         self.case = case
         self.inputs = Inputs.of(case, device)
         self._providers = {name: p for name, p in PROVIDERS.items() if name not in excluded}
-        self._oracles: dict[tuple[str, Case], Oracle] = {}
+        self._oracles: dict[Case, Oracle] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,13 +40,12 @@ class AttentionWork:
             offered = self._providers[name].offer(inputs, direction)
             assert not isinstance(offered, str)
             call = offered
-        return self._oracle(inputs, direction).fault(call())
+        return self._oracle(inputs).fault(call())
 
-    def _oracle(self, inputs: Inputs, direction: str) -> Oracle:
-        key = (direction, inputs.case)
-        if key not in self._oracles:
-            self._oracles[key] = Oracle(inputs, direction == TRAIN)
-        return self._oracles[key]
+    def _oracle(self, inputs: Inputs) -> Oracle:
+        if inputs.case not in self._oracles:
+            self._oracles[inputs.case] = Oracle(inputs)
+        return self._oracles[inputs.case]
 
     def flops(self, direction: str, name: str) -> int:
         case = self.case.plain() if name == "saccade-plain" else self.case

@@ -118,8 +118,8 @@ def models() -> list[Group]:
         directions=(FORWARD,),
     )  # fmt: skip
     molecules = square("molecules-23", 23, batch=64, heads=4, heads_k=4, head_dim=16, head_dim_v=16)
-    speech = square("speech-window", 6000, heads=4, heads_k=4, window=(128, 128))
-    text = square("mistral-window", 4096, heads=8, heads_k=2, causal=True, window=(512, 0), head_dim=128, head_dim_v=128)
+    speech = square("speech-window", 3000, heads=4, heads_k=4, window=(128, 128))
+    text = square("local-causal", 2048, heads=8, heads_k=2, causal=True, window=(256, 0), head_dim=128, head_dim_v=128)
     plain = (gpt2, vit, wav2vec, whisper, llm, decode, molecules)
     low = tuple(replace(c, name=f"{c.name}-bf16", dtype="bf16", flex=False) for c in (gpt2, vit, whisper, llm, decode))
     return [

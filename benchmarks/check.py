@@ -17,9 +17,11 @@ from saccade.dropout import dropout_mask
 from saccade.masks import Mask
 from saccade.testing import assert_no_worse_than
 
+from .cases import TRAIN, Case
 from .peers import SEED, Inputs
 
-_BLOCK_ENTRIES = 1 << 21  # pairs of one block of rows
+_BLOCK_ENTRIES = 1 << 19  # pairs of one block of rows
+_FEW_PAIRS = 1 << 19  # a case with fewer is checked at two places
 
 
 @dataclass(frozen=True)
@@ -34,36 +36,39 @@ class Slice:
     dropout_p: float
     mask: Mask | None
     place: tuple[int, int]  # batch entry, head
+    reach: tuple[int, int]  # query i keeps no key before i + reach[0] or after i + reach[1]
 
     def to(self, dtype: torch.dtype) -> Slice:
         tensors = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v, self.bias)]
         q, k, v, bias = tensors
         assert q is not None and k is not None and v is not None
-        return Slice(q, k, v, bias, self.keep, self.dropout_p, self.mask, self.place)
+        return Slice(q, k, v, bias, self.keep, self.dropout_p, self.mask, self.place, self.reach)
 
     def leaves(self) -> list[Tensor]:
         return [x for x in (self.q, self.k, self.v, self.bias) if x is not None]
 
 
 def _rows(s: Slice, start: int, stop: int) -> Tensor:
-    """The output of query rows start to stop, in the dtype of the slice."""
+    """The output of query rows start to stop, in the dtype of the slice. Keys that none of them reaches are left out."""
     seqlen_q, seqlen_k = s.q.shape[0], s.k.shape[0]
-    logits = s.q[start:stop] @ s.k.T * s.q.shape[1] ** -0.5
+    first, last = max(0, start + s.reach[0]), max(1, min(seqlen_k, stop + s.reach[1]))
+    first = min(first, last - 1)
+    logits = s.q[start:stop] @ s.k[first:last].T * s.q.shape[1] ** -0.5
     if s.bias is not None:
-        logits = logits + s.bias[start:stop]
+        logits = logits + s.bias[start:stop, first:last]
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    i = torch.arange(start, stop, device=s.q.device)[:, None]
+    j = torch.arange(first, last, device=s.q.device)[None]
+    for part in s.mask.parts if s.mask is not None else ():
+        kept = kept & part.keep(*s.place, i, j, seqlen_q, seqlen_k)
     if s.mask is not None:
-        i = torch.arange(start, stop, device=s.q.device)[:, None]
-        j = torch.arange(seqlen_k, device=s.q.device)[None]
-        kept = torch.ones_like(i * j, dtype=torch.bool)
-        for part in s.mask.parts:
-            kept = kept & part.keep(*s.place, i, j, seqlen_q, seqlen_k)
         logits = logits.masked_fill(~kept, -math.inf)
     weights = torch.softmax(logits, -1)
     if s.mask is not None:
         weights = torch.where(kept.any(-1, keepdim=True), weights, 0.0)
     if s.keep is not None:
-        weights = torch.where(s.keep[start:stop], weights / (1 - s.dropout_p), 0.0)
-    return weights @ s.v
+        weights = torch.where(s.keep[start:stop, first:last], weights / (1 - s.dropout_p), 0.0)
+    return weights @ s.v[first:last]
 
 
 def results(s: Slice, cotangent: Tensor | None) -> list[Tensor]:
@@ -104,10 +109,11 @@ def of_inputs(inputs: Inputs, place: tuple[int, int], dtype: torch.dtype, train:
     for h in range(hk * group, (hk + 1) * group):
         keep = None
         if case.dropout_p:
-            shape = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
+            shape = (b + 1, h + 1, case.seqlen_q, case.seqlen_k)
             keep = dropout_mask(SEED, case.dropout_p, *shape)[b, h].to(inputs.q.device)
         bias = None if inputs.bias is None else inputs.bias[0, h]
-        one = Slice(inputs.q[b, h], inputs.k[b, hk], inputs.v[b, hk], bias, keep, case.dropout_p, inputs.mask, (b, h))
+        tensors = (inputs.q[b, h], inputs.k[b, hk], inputs.v[b, hk], bias, keep)
+        one = Slice(*tensors, case.dropout_p, inputs.mask, (b, h), case.bounds())
         per_head.append(results(one.to(dtype), inputs.dout[b, h] if train else None))
     out, *grads = (list(x) for x in zip(*per_head, strict=True))
     found = [torch.stack(out)]
@@ -116,10 +122,10 @@ def of_inputs(inputs: Inputs, place: tuple[int, int], dtype: torch.dtype, train:
     return found
 
 
-def at_place(got: Sequence[Tensor], inputs: Inputs, place: tuple[int, int]) -> list[Tensor]:
+def at_place(got: Sequence[Tensor], case: Case, place: tuple[int, int]) -> list[Tensor]:
     """The same part of a provider's results."""
     b, hk = place
-    group = inputs.case.heads // inputs.case.heads_k
+    group = case.heads // case.heads_k
     heads = slice(hk * group, (hk + 1) * group)
     picks = ((b, heads), (b, heads), (b, hk), (b, hk), (0, heads))
     return [x[pick] for x, pick in zip(got, picks, strict=False)]
@@ -128,23 +134,23 @@ def at_place(got: Sequence[Tensor], inputs: Inputs, place: tuple[int, int]) -> l
 class Oracle:
     """The exact and the plain results of a case, computed once and compared with every provider's."""
 
-    def __init__(self, inputs: Inputs, train: bool) -> None:
-        self._inputs = inputs
-        # A bias is shared by the batch entries, so its gradient is compared only where there is one.
-        last = (inputs.case.batch - 1, inputs.case.heads_k - 1)
-        small = inputs.case.seqlen_q * inputs.case.seqlen_k <= _BLOCK_ENTRIES
-        self._places = {last, (0, 0)} if small else {last}
-        wide = torch.float64
+    def __init__(self, inputs: Inputs) -> None:
+        case = self._case = inputs.case
+        # Dropout's pattern is slow to write down for the last place.
+        places = [(0, 0)] if case.dropout_p else [(case.batch - 1, case.heads_k - 1)]
+        if case.seqlen_q * case.seqlen_k * case.heads // case.heads_k <= _FEW_PAIRS:
+            places.append((0, 0))
+        train = TRAIN in case.directions
         self._known = {
-            place: tuple(of_inputs(inputs, place, dtype, train) for dtype in (inputs.q.dtype, wide))
-            for place in self._places
+            place: tuple(of_inputs(inputs, place, dtype, train) for dtype in (inputs.q.dtype, torch.float64))
+            for place in dict.fromkeys(places)
         }
 
     def fault(self, got: Sequence[Tensor]) -> str:
-        """Empty when the results are within the yardstick, else what is wrong."""
-        shared_bias = self._inputs.bias is not None and self._inputs.case.batch > 1
+        """Empty when the results (without gradients: the first alone) are within the yardstick, else what is wrong."""
+        if self._case.batch > 1:
+            got = got[:4]  # the batch entries share the gradient of the bias
         for place, (plain, exact) in self._known.items():
-            mine = at_place(got[:4] if shared_bias else got, self._inputs, place)
-            if wrong := compare(mine, plain, exact):
+            if wrong := compare(at_place(got, self._case, place), plain, exact):
                 return wrong
         return ""

@@ -32,7 +32,9 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   p.out = rows_of(out);
   call.set_lse(p, lse);
   const KernelTable kernels = kernels_for(p.q.dtype, p.score);
-  run(body == 1 ? kernels.decode(p) : kernels.forward(p), p);
+  const bool rows_dense =
+      p.k.col == 1 && p.v.col == 1;  // what decode reads; the tiled body takes any strides
+  run(body == 1 && rows_dense ? kernels.decode(p) : kernels.forward(p), p);
   give(stack, 0, out);
   give(stack, 1, lse);
 }
@@ -47,6 +49,10 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   call.read(s, true, p);
   const int64_t body = s.next<int64_t>();  // the tiled body serves every backward pass
   p.needs = s.next<int64_t>();
+  STD_TORCH_CHECK((call.bias || !(p.needs & kNeedBias)) && (call.rel_bias || !(p.needs & kNeedRelBias)) &&
+                      (call.weight || !(p.needs & kNeedWeight)) &&
+                      (call.extra_k || !(p.needs & (kNeedExtraK | kNeedExtraV))),
+                  "saccade::backward: needs names the gradient of a tensor that is not there");
   call.fill(p);
   p.dout = rows_of(dout);
   p.out = rows_of(out);

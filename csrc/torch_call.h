@@ -217,7 +217,7 @@ class Reused {
   size_t size_ = 0;
 };
 
-constexpr size_t kKeptBytes = size_t(64) << 20;
+constexpr size_t kKeptBytes = size_t(128) << 20;
 
 template <typename P>
 void run(const Plan<P>& plan, const P& p) {

@@ -1,14 +1,10 @@
-"""Shared fixtures and the marks of the test-suite."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
 import pytest
 import saccade
 import torch
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: the whole grid, for make test-full only")
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,73 @@ def label(case: dict[str, Any]) -> str:
     return "-".join(str(x).replace(" ", "").replace("torch.", "") for x in case.values())
 
 
-@pytest.mark.parametrize("case", pairwise(AXES), ids=label)
+CASES = pairwise(AXES)
+# The oracle against itself in fp64 says little: a few cases, for its fp32 sums.
+SOME = {"reference": CASES[::12]}
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [(case, name) for name in saccade.backends() for case in SOME.get(name, CASES)],
+    ids=lambda x: x if isinstance(x, str) else label(x),
+)
 def test_pairwise(case: dict[str, Any], backend: str) -> None:
     run_case(case, backend)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_pairwise_more(seed: int, backend: str) -> None:
+    for case in pairwise(AXES, seed):
+        inputs, mask, options = arrange(case)
+        if saccade.explain(*inputs, mask, **options).backend == backend:
+            check_attention(inputs, mask, backend, **options)
+
+
+EDGE_AXES: dict[str, list[Any]] = {
+    "edges": [0, 60, 1000],
+    "dtype": [torch.float32, torch.bfloat16, torch.float64],
+    "heads": [(4, 4), (4, 2)],
+    "dims": [(16, 16), (5, 5), (33, 20)],
+    "bias": [None, "shared", "per head", "-inf"],
+    "features": [False, True],
+    "score": ["dot", "gatv2", "additive"],
+    "activation": ["softmax", "relu", "softmax1"],
+    "sink": [False, True],
+    "dropout_p": [0.0, 0.3],
+    "mask": ["none", "causal&lengths", "keep"],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(EDGE_AXES), ids=label)
+def test_edges_with_terms_and_repeats(case: dict[str, Any], backend: str) -> None:
+    shape = Shape(4, *case["heads"], 70, 90, *case["dims"])
+    edges = torch.stack(
+        [torch.randint(0, n, (case["edges"],)) for n in (90, 35)]
+    )  # half of the rows are empty
+    mask: Any = saccade.Graph.from_edge_index(edges, (90, 70))
+    if case["mask"] != "none":
+        mask = mask & make_mask(case["mask"], shape)
+    options: dict[str, Any] = {
+        "activation": case["activation"],
+        "dropout_p": case["dropout_p"],
+        "seed": 77,
+        "return_lse": case["activation"] != "relu",
+    }
+    if case["score"] != "dot":
+        options["score"] = make_score(case["score"], shape)
+    if case["sink"] and case["activation"] == "softmax":
+        options["sink"] = torch.randn(shape.heads).requires_grad_()
+    if case["bias"]:
+        bias = (
+            torch.randn(case["edges"])
+            if case["bias"] == "shared"
+            else torch.randn(shape.heads, case["edges"])
+        )
+        if case["bias"] == "-inf":
+            bias.masked_fill_(torch.rand(bias.shape) < 0.3, -torch.inf)
+        options["edge_bias"] = bias.requires_grad_()
+    if case["features"] and case["score"] == "dot" and shape.head_dim == shape.head_dim_v:
+        e, w = torch.randn(case["edges"], 3), torch.randn(shape.heads, shape.head_dim, 3) / 2
+        options["edge_attr"] = tuple(x.to(case["dtype"]).requires_grad_() for x in (e, w))
+    check_attention(make_inputs(shape, case["dtype"]), mask, backend, **options)

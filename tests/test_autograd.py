@@ -98,12 +98,12 @@ def test_gradgradcheck(name: str, backend: str) -> None:
     assert gradgradcheck(run, inputs, check_fwd_over_rev=True, fast_mode=True)
 
 
-def test_edge_attr_derivatives() -> None:
+def test_edge_attr_derivatives(backend: str) -> None:
     q, k, v = make_inputs(Shape(1, 2, 2, 3, 4, 3, 3), torch.float64)
     e, w = draw(7, 2), draw(2, 3, 2)
 
     def run(q: Tensor, k: Tensor, v: Tensor, e: Tensor, w: Tensor) -> Tensor:
-        return saccade.attention(q, k, v, graph(repeats=True), edge_attr=(e, w))
+        return saccade.attention(q, k, v, graph(repeats=True), edge_attr=(e, w), backend=backend)
 
     assert gradcheck(run, (q, k, v, e, w), check_forward_ad=True)
     assert gradgradcheck(run, (q, k, v, e, w), fast_mode=True)
@@ -116,6 +116,18 @@ def test_only_some_inputs_need_gradients(backend: str) -> None:
         some = [x.detach().requires_grad_(m == n) for m, x in enumerate((q, k, v))]
         out = saccade.attention(*some, backend=backend)
         torch.testing.assert_close(torch.autograd.grad(out.sum(), some[n])[0], full[n])
+
+
+def test_only_some_edge_terms_need_gradients(backend: str) -> None:
+    tensors = [*make_inputs(Shape(1, 2, 2, 3, 4, 3, 3), torch.float64), draw(7, 2), draw(2, 3, 2)]
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, e: Tensor, w: Tensor) -> Tensor:
+        return saccade.attention(q, k, v, graph(repeats=True), edge_attr=(e, w), backend=backend).sin().sum()
+
+    full = torch.autograd.grad(loss(*tensors), tensors)
+    for n, want in enumerate(full):
+        some = [x.detach().requires_grad_(m == n) for m, x in enumerate(tensors)]
+        torch.testing.assert_close(torch.autograd.grad(loss(*some), some[n])[0], want)
 
 
 def test_lse_alone_has_gradients(backend: str) -> None:

@@ -188,15 +188,16 @@ def test_a_named_backend_never_falls_back_and_gives_every_reason() -> None:
 
 
 def test_explain_tells_what_would_run() -> None:
-    told = saccade.explain(Q, K, V, GRAPH, edge_bias=torch.zeros(3))
-    assert (
-        told.backend == "reference"
-        and told.kernel == "edges"
-        and set(told.reasons) == {"cuda", "triton", "cpu"}
-    )
-    assert (
-        "edge_bias" in "".join(told.reasons["cpu"])
-        and "-> reference" in str(told)
-        and "5 queries" in str(told)
-    )
+    told = saccade.explain(Q, K, V, GRAPH, edge_bias=torch.zeros(3), bias=torch.zeros(5, 7))
+    assert told.backend == "reference" and told.kernel == "edges"
+    assert set(told.reasons) == {"cuda", "triton", "cpu"}
+    if "cpu" in saccade.backends():
+        assert "edge terms" in "".join(told.reasons["cpu"])
+        kernels = {
+            "tiled": saccade.explain(Q, K, V),
+            "gather": saccade.explain(Q, K, V, GRAPH, edge_bias=torch.zeros(3)),
+            "decode": saccade.explain(Q[:, :, :1], *(x.repeat(1, 1, 100, 1) for x in (K, V))),
+        }
+        assert [told.kernel for told in kernels.values()] == list(kernels)
+    assert "-> reference" in str(told) and "5 queries" in str(told)
     assert saccade.backends()[-1] == "reference" and named("reference").NAME == "reference"

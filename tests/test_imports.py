@@ -17,9 +17,9 @@ PACKAGE = ROOT / "python/saccade"
 LAYERS = [
     {"_C", "kernels"},
     {"maskbase", "masks", "join", "graph", "patterns", "position", "scores", "dropout", "layout"},
-    {"problem", "terms", "packed", "ops", "autograd", "backends"},
+    {"problem", "terms", "packed", "ops", "gather", "autograd", "backends"},
     {"functional", "reference", "explain"},
-    {"nn", "testing"},
+    {"nn", "accelerate", "testing"},
     {"__init__", "__main__", "doctor"},
     {"benchmarks"},
 ]

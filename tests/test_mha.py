@@ -1,4 +1,4 @@
-"""saccade.nn.MultiheadAttention against torch.nn.MultiheadAttention: construction, results, gradients, refusals."""
+"""saccade.nn.MultiheadAttention against torch's: construction, results, gradients, dropout, refusals."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from saccade.nn import MultiheadAttention
+from saccade.testing import pairwise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
-
-from saccade.nn import MultiheadAttention
-from saccade.testing import pairwise
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -27,7 +26,9 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def twins(*args: Any, dtype: torch.dtype = torch.float64, **kwargs: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
+def twins(
+    *args: Any, dtype: torch.dtype = torch.float64, **kwargs: Any
+) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
     """torch's module and ours with the same random parameters (the biases too, which start at 0)."""
     theirs = nn.MultiheadAttention(*args, dtype=dtype, **kwargs)
     for p in theirs.parameters():
@@ -38,7 +39,9 @@ def twins(*args: Any, dtype: torch.dtype = torch.float64, **kwargs: Any) -> tupl
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 if expected[0].dtype == torch.float32 else 1e-12)
+    torch.testing.assert_close(
+        got, expected, rtol=1e-5, atol=1e-6 if expected[0].dtype == torch.float32 else 1e-12
+    )
 
 
 @pytest.mark.parametrize("kwargs", KINDS, ids=str)
@@ -54,8 +57,20 @@ def test_same_parameters_and_generator(kwargs: dict[str, Any]) -> None:
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
-    assert {n for n, p in ours._parameters.items() if p is None} == {n for n, p in theirs._parameters.items() if p is None}
-    names = ["embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "num_heads", "dropout", "batch_first", "head_dim", "add_zero_attn"]
+    assert {n for n, p in ours._parameters.items() if p is None} == {
+        n for n, p in theirs._parameters.items() if p is None
+    }
+    names = [
+        "embed_dim",
+        "kdim",
+        "vdim",
+        "_qkv_same_embed_dim",
+        "num_heads",
+        "dropout",
+        "batch_first",
+        "head_dim",
+        "add_zero_attn",
+    ]
     assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
     assert ours.__constants__ == theirs.__constants__ and repr(ours) == repr(theirs)
     torch.manual_seed(9)
@@ -92,7 +107,11 @@ def test_copies_and_old_checkpoints() -> None:
     buffer = io.BytesIO()
     torch.save(ours, buffer)
     buffer.seek(0)
-    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(buffer, weights_only=False)):
+    for again in (
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(buffer, weights_only=False),
+    ):
         assert type(again) is MultiheadAttention
         assert all(torch.equal(a, b) for a, b in zip(again(x, x, x), expected, strict=True))
     state = {n: v for n, v in theirs.__dict__.items() if n != "_qkv_same_embed_dim"}
@@ -122,7 +141,9 @@ def label(case: dict[str, Any]) -> str:
     return "-".join(str(x).replace(" ", "").replace("torch.", "") for x in case.values())
 
 
-def make_masks(case: dict[str, Any], sizes: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Tensor | None]:
+def make_masks(
+    case: dict[str, Any], sizes: tuple[int, int, int], dtype: torch.dtype
+) -> dict[str, Tensor | None]:
     """Masks that leave every row its first key (what torch does without one is not a number)."""
     batch, tgt, src = sizes
     shape = (batch * case["heads"], tgt, src) if "3d" in str(case["attn_mask"]) else (tgt, src)
@@ -130,13 +151,18 @@ def make_masks(case: dict[str, Any], sizes: tuple[int, int, int], dtype: torch.d
     hidden[..., 0] = padded[:, 0] = False
     lead = () if case["batched"] else (0,)
     found: dict[str, Tensor | None] = {}
-    for name, kind, value in (("attn_mask", case["attn_mask"], hidden), ("key_padding_mask", case["padding"], padded[lead])):
+    for name, kind, value in (
+        ("attn_mask", case["attn_mask"], hidden),
+        ("key_padding_mask", case["padding"], padded[lead]),
+    ):
         if kind is None:
             found[name] = None
         elif kind.startswith("bool"):
             found[name] = value
         else:
-            found[name] = torch.randn(value.shape, dtype=dtype).masked_fill(value, -torch.inf).requires_grad_()
+            found[name] = (
+                torch.randn(value.shape, dtype=dtype).masked_fill(value, -torch.inf).requires_grad_()
+            )
     return found
 
 
@@ -160,10 +186,16 @@ def make_call(case: dict[str, Any], module: nn.MultiheadAttention) -> tuple[list
         inputs = [query, draw(src, module.kdim), draw(src, module.vdim)]
     options = make_masks(case, (batch, tgt, src), case["dtype"])
     weights = case["weights"]
-    return inputs, {**options, "need_weights": weights is not None, "average_attn_weights": weights != "heads"}
+    return inputs, {
+        **options,
+        "need_weights": weights is not None,
+        "average_attn_weights": weights != "heads",
+    }
 
 
-def run(module: nn.Module, inputs: list[Tensor], options: dict[str, Any], mode: str) -> tuple[list[Tensor], list[Tensor]]:
+def run(
+    module: nn.Module, inputs: list[Tensor], options: dict[str, Any], mode: str
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and gradients of inputs, masks and parameters under fixed cotangents."""
     module.train(mode == "train")
     if mode == "no_grad":
@@ -238,7 +270,9 @@ def test_autocast() -> None:
     assert [t.dtype for t in got] == [t.dtype for t in expected] == [torch.bfloat16] * 2
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
     got[0].sum().backward()
-    assert ours.bias_k is not None and ours.bias_k.grad is not None and ours.bias_k.grad.dtype == torch.float32
+    assert (
+        ours.bias_k is not None and ours.bias_k.grad is not None and ours.bias_k.grad.dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -256,14 +290,20 @@ class TestDropout:
     x = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(1)).double()
 
     def test_weights_are_those_of_the_output(self) -> None:
-        ours = MultiheadAttention(8, 2, 0.4, batch_first=True, add_bias_kv=True, add_zero_attn=True, dtype=torch.float64)
+        ours = MultiheadAttention(
+            8, 2, 0.4, batch_first=True, add_bias_kv=True, add_zero_attn=True, dtype=torch.float64
+        )
         out, weights = ours(self.x, self.x, self.x, average_attn_weights=False)
         plain = copy.deepcopy(ours).eval()(self.x, self.x, self.x, average_attn_weights=False)[1]
         dropped = weights == 0
         torch.testing.assert_close(weights, torch.where(dropped, 0.0, plain / 0.6))
         assert abs(dropped.double().mean() - 0.4) < 0.03 and dropped[..., -2:].any()
         v = nn.functional.linear(self.x, ours.in_proj_weight[16:], ours.in_proj_bias[16:])
-        v = torch.cat([v, ours.bias_v.expand(2, 1, 8), torch.zeros(2, 1, 8)], 1).view(2, 42, 2, 4).transpose(1, 2)
+        v = (
+            torch.cat([v, ours.bias_v.expand(2, 1, 8), torch.zeros(2, 1, 8)], 1)
+            .view(2, 42, 2, 4)
+            .transpose(1, 2)
+        )
         torch.testing.assert_close(out, ours.out_proj((weights @ v).transpose(1, 2).reshape(2, 40, 8)))
 
     def test_probability_is_read_at_every_call(self) -> None:
@@ -296,7 +336,10 @@ class TestDropout:
         assert torch.equal(*grads)
 
 
-X = {n: torch.zeros(n) for n in ((3, 2, 8), (4, 2, 8), (3, 2, 6), (3, 8), (4, 8), (8,), (4, 2, 7), (4, 3, 8), (1, 3, 2, 8))}
+X = {
+    n: torch.zeros(n)
+    for n in ((3, 2, 8), (4, 2, 8), (3, 2, 6), (3, 8), (4, 8), (8,), (4, 2, 7), (4, 3, 8), (1, 3, 2, 8))
+}
 LONG, FLAG = torch.zeros(3, 4, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.bool)
 REFUSED: list[tuple[dict[str, Any], tuple[Any, Any, Any], dict[str, Any]]] = [
     ({}, ((3, 2, 8), (4, 8), (4, 8)), {}),

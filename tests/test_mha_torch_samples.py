@@ -6,12 +6,11 @@ import copy
 from typing import Any
 
 import pytest
+import saccade
 import torch
+from saccade.nn import MultiheadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import saccade
-from saccade.nn import MultiheadAttention
 
 pytest.importorskip("expecttest")
 from torch.testing._internal import common_methods_invocations, common_modules  # noqa: E402
@@ -31,7 +30,7 @@ def twins(sample: Any, dtype: torch.dtype) -> tuple[nn.MultiheadAttention, Multi
     given = sample.constructor_input
     theirs = nn.MultiheadAttention(*given.args, **given.kwargs, dtype=dtype)
     for p in theirs.parameters():
-        nn.init.normal_(p)
+        nn.init.normal_(p, std=0.1)  # the inputs reach to 9
     ours = MultiheadAttention(*given.args, **given.kwargs, dtype=dtype)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
@@ -55,11 +54,13 @@ def test_module_forward_and_gradients(dtype: torch.dtype, training: bool) -> Non
         args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
         got = ours(*args, **kwargs)
         torch.testing.assert_close(got, theirs(*args, **kwargs), msg=f"sample {n}")
-        torch.testing.assert_close(got, sample.reference_fn(ours, list(ours.parameters()), *args, **kwargs))
+        torch.testing.assert_close(got, sample.reference_fn(ours, *args, **kwargs))
         with torch.no_grad():
             torch.testing.assert_close(ours(*args, **kwargs), got)
         for a, b in zip(gradients(ours, args, kwargs), gradients(theirs, args, kwargs), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10, msg=f"sample {n}")
+            torch.testing.assert_close(
+                a, b, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10, msg=f"sample {n}"
+            )
 
 
 def test_module_non_contiguous() -> None:
@@ -86,12 +87,14 @@ def test_module_gradcheck_and_gradgradcheck(n: int) -> None:
 
         def run(*values: Tensor, need_weights: bool = need_weights) -> Any:
             given = dict(zip(params, values[3:], strict=True))
-            found = torch.func.functional_call(ours, given, values[:3], {**kwargs, "need_weights": need_weights})
+            found = torch.func.functional_call(
+                ours, given, values[:3], {**kwargs, "need_weights": need_weights}
+            )
             return found if need_weights else found[0]
 
         values = (*args, *params.values())
-        assert torch.autograd.gradcheck(run, values, check_forward_ad=n % 2 == 0)
-        assert torch.autograd.gradgradcheck(run, values)
+        assert torch.autograd.gradcheck(run, values, check_forward_ad=n % 2 == 0, fast_mode=True)
+        assert torch.autograd.gradgradcheck(run, values, fast_mode=True)
 
 
 def test_module_factory_arguments_and_state() -> None:
@@ -118,7 +121,15 @@ def as_module(cls: type[nn.MultiheadAttention], sample: Any) -> nn.MultiheadAtte
     """The module whose forward is this call of F.multi_head_attention_forward."""
     _, _, width, heads, packed, in_bias, bias_k, bias_v, zero, dropout_p, out_weight, out_bias = sample.args
     separate = sample.kwargs["use_separate_proj_weight"]
-    module = cls(width, heads, dropout_p, add_bias_kv=True, add_zero_attn=zero, kdim=width + separate, dtype=out_weight.dtype)
+    module = cls(
+        width,
+        heads,
+        dropout_p,
+        add_bias_kv=True,
+        add_zero_attn=zero,
+        kdim=width + separate,
+        dtype=out_weight.dtype,
+    )
     module.kdim = width
     given = {"in_proj_bias": in_bias, "bias_k": bias_k, "bias_v": bias_v}
     names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -142,7 +153,9 @@ def test_functional_multi_head_attention() -> None:
             torch.manual_seed(n)
             torch.testing.assert_close(ours(*inputs, attn_mask=mask, need_weights=False)[0], got)
             with torch.no_grad():
-                _, plain = as_module(nn.MultiheadAttention, sample).eval()(*inputs, attn_mask=mask, average_attn_weights=False)
+                _, plain = as_module(nn.MultiheadAttention, sample).eval()(
+                    *inputs, attn_mask=mask, average_attn_weights=False
+                )
             kept = weights != 0
             torch.testing.assert_close(weights, torch.where(kept, 2 * plain, 0.0))
             continue
@@ -156,7 +169,10 @@ def test_functional_multi_head_attention_gradients() -> None:
         modules = [as_module(cls, sample).eval() for cls in (MultiheadAttention, nn.MultiheadAttention)]
         inputs, mask = (sample.input, *sample.args[:2]), sample.kwargs["attn_mask"]
         got, expected = (
-            torch.autograd.grad(m(*inputs, attn_mask=mask)[0].square().sum(), [*inputs, mask, *m.parameters()]) for m in modules
+            torch.autograd.grad(
+                m(*inputs, attn_mask=mask)[0].square().sum(), [*inputs, mask, *m.parameters()]
+            )
+            for m in modules
         )
         torch.testing.assert_close(got, expected)
 
@@ -175,9 +191,11 @@ def test_scaled_dot_product_attention(n: int) -> None:
     got = _sdpa(saccade.scaled_dot_product_attention, sample, **plain)
     torch.testing.assert_close(got, expected)
     draw = torch.randn_like(expected)
-    torch.testing.assert_close(torch.autograd.grad(got, inputs, draw), torch.autograd.grad(expected, inputs, draw))
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, draw), torch.autograd.grad(expected, inputs, draw)
+    )
     torch.manual_seed(n)
-    seed = torch.empty(1, dtype=torch.int64).random_()
+    seed = torch.randint(-(1 << 63), (1 << 63) - 1, (1,))
     torch.manual_seed(n)
     dropped = _sdpa(saccade.scaled_dot_product_attention, sample)
     lead = torch.broadcast_shapes(*(x.shape[:-2] for x in inputs))
@@ -196,4 +214,4 @@ def test_scaled_dot_product_attention(n: int) -> None:
         if bias is not None:
             sample.kwargs["attn_mask"] = bias[:3, :3].detach()
         assert torch.autograd.gradcheck(run, small, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(run, small)
+        assert torch.autograd.gradgradcheck(run, small, fast_mode=True)

@@ -184,17 +184,17 @@ def edges_by_loops(
     return out
 
 
-def test_edges_are_terms_of_their_own() -> None:
+def test_edges_are_terms_of_their_own(backend: str) -> None:
     edges = torch.tensor([[3, 0, 2, 0, 2, 3], [1, 0, 0, 0, 2, 1]])  # (3, 1) and (0, 0) stand twice
     graph = saccade.Graph.from_edge_index(edges, (5, 4))
     q, k, v = (x.detach().squeeze(0) for x in make_inputs(Shape(1, 2, 2, 4, 5, 3, 3), torch.float64))
     bias, e, w = (torch.randn(n, dtype=torch.float64) for n in ((2, 6), (6, 2), (2, 3, 2)))
     nothing = torch.zeros(2, 6, 3, dtype=torch.float64)
-    got = saccade.attention(q, k, v, graph)
+    got = saccade.attention(q, k, v, graph, backend=backend)
     torch.testing.assert_close(got, edges_by_loops(q, k, v, edges, torch.zeros_like(bias), nothing))
-    got = saccade.attention(q, k, v, graph, edge_bias=bias)
+    got = saccade.attention(q, k, v, graph, edge_bias=bias, backend=backend)
     torch.testing.assert_close(got, edges_by_loops(q, k, v, edges, bias, nothing))
-    got = saccade.attention(q, k, v, graph, edge_bias=bias[0], edge_attr=(e, w))
+    got = saccade.attention(q, k, v, graph, edge_bias=bias[0], edge_attr=(e, w), backend=backend)
     features = torch.einsum("ed,hcd->hec", e, w)
     torch.testing.assert_close(got, edges_by_loops(q, k, v, edges, bias[0].expand(2, 6), features))
 

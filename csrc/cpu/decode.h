@@ -12,7 +12,8 @@ constexpr int64_t kDecodeRun = 2048;  // keys per work item
 
 template <typename T>
 struct DecodeBuffers {
-  T *S, *queries, *keys, *values, *bias, *alpha, *buffer, *O;
+  T *S, *queries, *bias, *alpha, *buffer, *O;
+  char* zeros;  // a row of zeros, in any dtype
   bool* dead;
   int64_t ldq, ldo;
 
@@ -21,13 +22,13 @@ struct DecodeBuffers {
     ldo = round_up(p.head_dim_v, kLanes<T>);
     S = a.take<T>(kBlockN * kBlockM);
     queries = a.take<T>(p.heads / p.heads_k * kBlockM * ldq);
-    keys = a.take<T>(kBlockN * ldq);
-    values = a.take<T>(kBlockN * ldo);
     bias = a.take<T>(p.bias ? 2 * kBlockN * kBlockM : 0);
     alpha = a.take<T>(kBlockM);
     buffer = a.take<T>(kBlockM * (ldq > ldo ? ldq : ldo));
     O = a.take<T>(p.head_dim_v * kBlockM);
+    zeros = a.take<char>(ldo * 8);
     dead = a.take<bool>(kBlockN);
+    if (a.base) memset(zeros, 0, size_t(ldo) * 8);
   }
 };
 
@@ -41,29 +42,42 @@ SACCADE_FORCE int64_t decode_runs(const Params& p) {
   return max64(1, (p.seqlen_k + kDecodeRun - 1) / kDecodeRun);
 }
 
-// n rows as a T matrix whose rows are whole vectors; in place where that is what memory holds.
-template <typename T>
-static Matrix<T> padded_rows(const Params& p, const Rows& x, const QueryBlock& q, const KeyTile& t, int64_t d,
-                             int64_t ld, const bool* dead, T* buffer) {
-  if (x.dtype == AccumulatorOf<T>::value && x.col == 1 && d == ld && !dead && !scattered(p))
-    return {reinterpret_cast<const T*>(row_at(x, q.b, q.hk, q.seq.k_begin + t.j0)), x.row};
-  for (int64_t j = 0; j < t.n; ++j) {
-    T* row = buffer + j * ld;
-    for (int64_t c = d; c < ld; ++c) row[c] = T(0);
-    if (dead && dead[j])
-      memset(row, 0, size_t(d) * sizeof(T));
-    else
-      read_row(row, cache_row(p, x, q.seq, q.b, q.hk, t.j0 + j), x.dtype, x.col, d);
+// O[i][c] += sum_j w[j][i] row(j)[c].
+template <typename T, typename Row>
+static void add_values(int64_t rows, int64_t n, int64_t d, const T* w, int64_t lanes, Row row, T* O,
+                       int64_t ldo) {
+  constexpr int L = kLanes<T>, U = 4;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* o = O + i * ldo;
+    int64_t c = 0;
+    for (; c + U * L <= d; c += U * L) {
+      Vec<T> sum[U];
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) sum[u] = load(o + c + u * L);
+      for (int64_t j = 0; j < n; ++j) {
+        const auto* v = row(j) + c;
+        const T weight = w[j * lanes + i];
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) sum[u] += weight * load_as<T>(v + u * L);
+      }
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) store(o + c + u * L, sum[u]);
+    }
+    for (; c < d; c += L) {
+      const int64_t width = min64(L, d - c);
+      Vec<T> sum = load(o + c);
+      for (int64_t j = 0; j < n; ++j)
+        sum += w[j * lanes + i] * (width == L ? load_as<T>(row(j) + c) : load_part<T>(row(j) + c, width));
+      store(o + c, sum);
+    }
   }
-  return {buffer, ld};
 }
 
-template <typename T>
+template <typename T, typename S>
 static void decode_item(const Params& p, int64_t item, char* scratch, char* workspace) {
   const int64_t runs = decode_runs(p), run = item % runs, hk = item / runs % p.heads_k,
                 b = item / runs / p.heads_k;
-  const int64_t group = p.heads / p.heads_k, Dv = p.head_dim_v;
-  const T factor = T(exponent_factor(p));
+  const int64_t group = p.heads / p.heads_k;
   Arena arena{scratch};
   DecodeBuffers<T> w(p, arena);
   const QueryBlock first = query_block<kLanes<T>>(p, b, hk * group, 0);
@@ -80,31 +94,36 @@ static void decode_item(const Params& p, int64_t item, char* scratch, char* work
     for (int64_t i = 0; i < q.lanes; ++i) s.m[i] = -kInf<T>, s.l[i] = T(0);
     memset(s.O, 0, size_t(q.rows * w.ldo) * sizeof(T));
   }
+  const S* keys[kBlockN];
+  const S* values[kBlockN];
   KeyTiles tiles(p, first, {run * kDecodeRun, (run + 1) * kDecodeRun});
   KeyTile t;
   while (tiles.next(t)) {
-    const Matrix<T> keys = padded_rows<T>(p, p.k, first, t, p.head_dim, w.ldq, nullptr, w.keys);
-    const Matrix<T> values = padded_rows<T>(p, p.v, first, t, Dv, w.ldo, nullptr, w.values);
+    for (int64_t j = 0; j < t.n; ++j) {
+      keys[j] = reinterpret_cast<const S*>(cache_row(p, p.k, first.seq, b, hk, t.j0 + j));
+      values[j] = reinterpret_cast<const S*>(cache_row(p, p.v, first.seq, b, hk, t.j0 + j));
+    }
     for (int64_t g = 0; g < group; ++g) {
       QueryBlock q = first;
       q.h = hk * group + g;
       const State<T> s = state(g);
-      dot_scores<T>(t.n, q.rows, q.lanes, p.head_dim, keys.p, keys.ld, w.queries + g * kBlockM * w.ldq, w.ldq,
-                    w.S);
+      dot_scores<T>(
+          t.n, q.rows, q.lanes, p.head_dim, [&](int64_t j) { return keys[j]; },
+          w.queries + g * kBlockM * w.ldq, w.ldq, w.S);
       if (!bare_logits(p)) finish_logits<T>(p, q, t, w.S, nullptr, w.bias);
       if (!t.whole) apply_mask<T>(p, q, t, w.S);
       const bool some_dead = may_hold_dead(p, q, t) && find_dead<T>(q, t, w.S, w.dead);
       if (is_softmax(p)) {
-        if (softmax_tile(w.S, t.n, q.lanes, s.m, s.l, w.alpha, factor))
+        if (softmax_tile(w.S, t.n, q.lanes, s.m, s.l, w.alpha, T(exponent_factor(p))))
           for (int64_t i = 0; i < q.rows; ++i)
             for (int64_t c = 0; c < w.ldo; c += kLanes<T>)
               store(s.O + i * w.ldo + c, load(s.O + i * w.ldo + c) * w.alpha[i]);
       } else {
         activate_tile(p.activation, w.S, t.n * q.lanes, T(exponent_factor(p) * kLn2));
       }
-      const Matrix<T> used = some_dead ? padded_rows<T>(p, p.v, q, t, Dv, w.ldo, w.dead, w.values) : values;
-      gemm<true, T>(q.rows, w.ldo, t.n, {w.S, 1, q.lanes}, used.p, used.ld, s.O, w.ldo);
-      if (some_dead && used.p == values.p) padded_rows<T>(p, p.v, q, t, Dv, w.ldo, nullptr, w.values);
+      const S* zeros = reinterpret_cast<const S*>(w.zeros);
+      const auto value = [&](int64_t j) { return some_dead && w.dead[j] ? zeros : values[j]; };
+      add_values<T>(q.rows, t.n, p.head_dim_v, w.S, q.lanes, value, s.O, w.ldo);
     }
   }
 }
@@ -140,16 +159,27 @@ static void decode_merge(const Params& p, int64_t item, char* scratch, char* wor
   finish_block<T>(p, q, {sum.m, sum.l, w.O}, w.alpha, w.buffer);
 }
 
-template <typename T>
-static Plan<Params> decode_plan(const Params& p) {
+template <typename T, typename S>
+static Plan<Params> decode_plan_of(const Params& p) {
   Plan<Params> plan;
   Arena arena{nullptr};
   const DecodeBuffers<T> w(p, arena);
   plan.scratch_bytes = arena.used;
   plan.workspace_bytes = size_t(p.batch * p.heads * decode_runs(p) * kBlockM * (w.ldo + 2)) * sizeof(T);
-  plan.add(p.batch * p.heads_k * decode_runs(p), &decode_item<T>);
+  plan.add(p.batch * p.heads_k * decode_runs(p), &decode_item<T, S>);
   plan.add(p.batch * p.heads, &decode_merge<T>);
   return plan;
+}
+
+// Rows of keys and values must be contiguous along head_dim.
+template <typename T>
+static Plan<Params> decode_plan(const Params& p) {
+  if constexpr (sizeof(T) == 8)
+    return decode_plan_of<T, T>(p);
+  else
+    return p.k.dtype == DType::kBFloat16  ? decode_plan_of<T, bf16>(p)
+           : p.k.dtype == DType::kFloat16 ? decode_plan_of<T, half_bits>(p)
+                                          : decode_plan_of<T, float>(p);
 }
 
 }  // namespace

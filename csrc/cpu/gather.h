@@ -1,49 +1,11 @@
 // What the passes of the gather body share: rows of any dtype as vectors, and the even split of edges over
 // work items.
 #pragma once
-#include "kernels.h"
-#include "tile.h"
+#include "tiled_forward.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
 namespace {
-
-// kLanes<T> elements of storage type S as accumulators.
-template <typename T>
-SACCADE_FORCE Vec<T> load_as(const T* p) {
-  return load(p);
-}
-template <typename T>
-SACCADE_FORCE Vec<T> load_as(const bf16* p) {
-  static_assert(sizeof(T) == 4, "bf16 accumulates in float");
-  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half h;
-  memcpy(&h, p, sizeof h);
-  return bits<Vec<float>>(__builtin_convertvector(h, typename VecOf<float>::U) << 16);
-}
-template <typename T>
-SACCADE_FORCE Vec<T> load_as(const half_bits* p) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vec<T> v;
-  for (int l = 0; l < kLanes<T>; ++l) v[l] = widen(p[l]);
-  return v;
-#endif
-}
-// The first n of them, the rest 0.
-template <typename T, typename S>
-SACCADE_FORCE Vec<T> load_part(const S* p, int64_t n) {
-  Vec<T> v{};
-  for (int64_t l = 0; l < n; ++l) v[int(l)] = T(widen(p[l]));
-  return v;
-}
-template <typename T>
-SACCADE_FORCE void store_part(T* p, Vec<T> v, int64_t n) {
-  for (int64_t l = 0; l < n; ++l) p[l] = v[int(l)];
-}
 
 // Rows [0, rows) with indptr[r + 1] - indptr[r] edges each, cut into items of equal cost: a row costs 1 and
 // each of its edges 1. A hub is shared by several items, a thousand leaves fill one.
@@ -112,6 +74,7 @@ SACCADE_FORCE T lanes_sum(Vec<T> v) {
     return lanes_sum<T, S / 2>(v + exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{}));
 }
 
+#define SACCADE_MEMBER inline __attribute__((always_inline))
 constexpr int64_t kEdgeLanes = 16;  // edges handled together; at least a vector of every set
 
 // The edges of one step: their keys, their numbers, and which of them the rest of the mask keeps.
@@ -120,6 +83,20 @@ struct EdgeGroup {
   int64_t key[kEdgeLanes], id[kEdgeLanes];
   bool kept[kEdgeLanes];
 };
+
+// Asks for one head's part of the rows that come kEdgeLanes edges later, so that they are there when their
+// turn comes.
+template <typename S>
+SACCADE_FORCE void prefetch_rows(const Rows& x, int64_t b, int64_t h, const int32_t* later, int64_t n,
+                                 int64_t d) {
+  const char* base = row_at(x, b, h, 0);
+  const int64_t step = x.row * int64_t(sizeof(S)), bytes = d * int64_t(sizeof(S));
+  for (int64_t e = 0; e < n; ++e)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(base + later[e] * step + at);
+}
+SACCADE_FORCE int64_t edges_ahead(int64_t at, int64_t n, int64_t edges) {
+  return max64(0, min64(n, edges - at - kEdgeLanes));
+}
 
 static EdgeGroup edge_group(const GatherParams& p, int64_t b, int64_t h, int64_t row, int64_t begin,
                             int64_t end) {
@@ -135,41 +112,42 @@ static EdgeGroup edge_group(const GatherParams& p, int64_t b, int64_t h, int64_t
   return g;
 }
 
+// Up to kEdgeLanes rows of one tensor, and where in them the head at hand begins.
+template <typename S>
+struct EdgeRows {
+  const S* at[kEdgeLanes];
+  int64_t offset = 0;
+  SACCADE_MEMBER const S* row(int64_t e) const { return at[e] + offset; }
+};
+
 // s[e] = x . rows[e] for n rows; lanes run along d.
 template <typename T, typename S>
-SACCADE_FORCE void edge_dots(const T* x, const S* const* rows, int64_t n, int64_t d, T* s) {
+SACCADE_FORCE void edge_dots(const T* x, const EdgeRows<S>& rows, int64_t n, int64_t d, T* s) {
   constexpr int L = kLanes<T>;
-  const int64_t tail = d % L;
-  for (int64_t e0 = 0; e0 < n; e0 += L) {
+  int64_t e0 = 0;
+  for (; n - e0 > L / 2; e0 += L) {
     Vec<T> sums[L];
-    for (int l = 0; l < L; ++l) {
-      Vec<T> sum{};
-      if (e0 + l < n) {
-        const S* row = rows[e0 + l];
-        int64_t c = 0;
-        for (; c + L <= d; c += L) sum += load(x + c) * load_as<T>(row + c);
-        if (tail) sum += load(x + c) * load_part<T>(row + c, tail);
-      }
-      sums[l] = sum;
-    }
+    for (int l = 0; l < L; ++l) sums[l] = e0 + l < n ? dot_part<T, S>(x, rows.row(e0 + l), d) : Vec<T>{};
     butterfly<T, 1>(sums);
     Vec<T> total = sums[0];
 #pragma GCC unroll 16
     for (int l = 1; l < L; ++l) total += sums[l];
     store(s + e0, total);
   }
+  for (; e0 < n; ++e0) s[e0] = lanes_sum<T>(dot_part<T, S>(x, rows.row(e0), d));
 }
 
-// y += sum_e w[e] rows[e]; y is padded to whole vectors.
-template <typename T, typename S>
-SACCADE_FORCE void edge_sum(T* y, const S* const* rows, const T* w, int64_t n, int64_t d) {
+// y += sum_e w(e) rows[e]; y is padded to whole vectors.
+template <typename T, typename S, typename W>
+SACCADE_FORCE void edge_sum(T* y, const EdgeRows<S>& rows, int64_t n, int64_t d, W w) {
   constexpr int L = kLanes<T>;
   int64_t c = 0;
   for (; c + 2 * L <= d; c += 2 * L) {
     Vec<T> a = load(y + c), b = load(y + c + L);
     for (int64_t e = 0; e < n; ++e) {
-      a += w[e] * load_as<T>(rows[e] + c);
-      b += w[e] * load_as<T>(rows[e] + c + L);
+      const S* row = rows.row(e) + c;
+      a += w(e) * load_as<T>(row);
+      b += w(e) * load_as<T>(row + L);
     }
     store(y + c, a);
     store(y + c + L, b);
@@ -178,9 +156,26 @@ SACCADE_FORCE void edge_sum(T* y, const S* const* rows, const T* w, int64_t n, i
     const int64_t width = min64(L, d - c);
     Vec<T> a = load(y + c);
     for (int64_t e = 0; e < n; ++e)
-      a += w[e] * (width == L ? load_as<T>(rows[e] + c) : load_part<T>(rows[e] + c, width));
+      a += w(e) * (width == L ? load_as<T>(rows.row(e) + c) : load_part<T>(rows.row(e) + c, width));
     store(y + c, a);
   }
+}
+
+// Every stored edge counts: nothing but the graph decides. Otherwise an edge may be dead (weight exactly 0),
+// and what stands in its rows, NaN perhaps, must not be touched.
+SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
+  const int64_t* b = p.mask.band;
+  return b[0] == kUnbounded && b[1] == kUnbounded && b[2] == kUnbounded && b[3] == kUnbounded &&
+         !p.mask.num_chunks && !p.mask.lengths && !irregular(p.mask) && !p.edge_bias && p.dropout_p == 0 &&
+         is_softmax(p);
+}
+
+// The rows with those of dead edges replaced by zeros.
+template <typename T, typename S>
+SACCADE_FORCE EdgeRows<S> live_rows(const EdgeRows<S>& rows, const T* weight, int64_t n, const S* zeros) {
+  EdgeRows<S> live;
+  for (int64_t e = 0; e < n; ++e) live.at[e] = weight[e] != T(0) ? rows.row(e) : zeros;
+  return live;
 }
 
 template <typename S>

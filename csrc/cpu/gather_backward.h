@@ -34,11 +34,11 @@ struct EdgeNumbers {
   }
 };
 
-// y += sum_e g[e] w phi'(q + k_e), and dw += sum_e g[e] phi(q + k_e) where asked: the additive scores'
+// y += sum_e g(e) w phi'(q + k_e), and dw += sum_e g(e) phi(q + k_e) where asked: the additive scores'
 // gradient towards q (or k).
-template <typename T, typename S>
-static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q, const S* const* rows,
-                                   const T* g, int64_t n, T* y, T* dw) {
+template <typename T, typename S, typename G>
+static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q, const EdgeRows<S>& rows,
+                                   int64_t n, T* y, T* dw, G g) {
   constexpr int L = kLanes<T>;
   const T slope = T(p.slope);
   for (int64_t c = 0; c < p.head_dim; c += L) {
@@ -46,7 +46,9 @@ static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q
     const Vec<T> weight = width == L ? load(w + c) : load_part<T>(w + c, width), own = load(q + c);
     Vec<T> sum = load(y + c), sum_w{};
     for (int64_t e = 0; e < n; ++e) {
-      const Vec<T> x = own + (width == L ? load_as<T>(rows[e] + c) : load_part<T>(rows[e] + c, width));
+      if (g(e) == T(0)) continue;  // a masked edge: phi may be NaN where its key is
+      const Vec<T> x =
+          own + (width == L ? load_as<T>(rows.row(e) + c) : load_part<T>(rows.row(e) + c, width));
       Vec<T> phi, slope_of;
       if (p.score == Score::kAdditive) {
         phi = tanhv<T>(x);
@@ -55,8 +57,8 @@ static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q
         phi = x > T(0) ? x : slope * x;
         slope_of = x > T(0) ? splat<T>(T(1)) : splat<T>(slope);
       }
-      sum += g[e] * weight * slope_of;
-      sum_w += g[e] * phi;
+      sum += g(e) * weight * slope_of;
+      sum_w += g(e) * phi;
     }
     store(y + c, sum);
     if (dw)
@@ -96,78 +98,84 @@ struct RowPass {
   }
 
   void piece(RowSplit::Piece piece) {
-    constexpr int L = kLanes<T>;
     const int64_t group = p.heads / p.heads_k;
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
       const EdgeGroup e16 = edge_group(p, b, 0, piece.row, at, piece.end);
+      const int32_t* later = p.indices + at + kEdgeLanes;
+      const int64_t ahead = edges_ahead(at, e16.n, p.edges);
       w.read_features(p, e16);
+      w.rows = w.point(p.k, e16, b);
+      EdgeRows<S> values = w.point(p.v, e16, b);
       for (int64_t h = 0; h < p.heads; ++h) {
-        T* s = w.s;
-        w.point(p.v, e16, b, h / group);
-        edge_dots<T, S>(dout + h * ldv, w.rows, e16.n, p.head_dim_v, dP);
+        w.rows.offset = h / group * p.k.head;
+        values.offset = h / group * p.v.head;
+        if (h % group == 0) {
+          prefetch_rows<S>(p.k, b, h / group, later, ahead, p.head_dim);
+          prefetch_rows<S>(p.v, b, h / group, later, ahead, p.head_dim_v);
+        }
+        for (int64_t e = e16.n; e < kEdgeLanes; ++e) dP[e] = T(0);
+        edge_dots<T, S>(dout + h * ldv, values, e16.n, p.head_dim_v, dP);
+        for (int64_t e = e16.n; e < kEdgeLanes; ++e) dP[e] = T(0);
         if (p.edge_dim) {
           T extra[kEdgeLanes];
           edge_dots<T, T>(dout_edge + h * w.lde, w.feature_rows, e16.n, p.edge_dim, extra);
           for (int64_t e = 0; e < e16.n; ++e) dP[e] += extra[e];
         }
-        w.point(p.k, e16, b, h / group);
-        edge_logits<T, S>(p, e16, h, w, s, cap);
-        T z[kEdgeLanes];
-        for (int64_t e = 0; e < kEdgeLanes; ++e)
-          z[e] = p.dropout_p > 0 && e < e16.n ? dropout_factor<T>(p, b, h, piece.row, e16.key[e]) : T(1);
-        for (int64_t c = 0; c < kEdgeLanes; c += L) {
-          const Vec<T> logit = load(s + c), drop = load(z + c), d = load(dP + c) * drop;
-          Vec<T> weight, grad;
-          if (is_softmax(p)) {
-            weight = exp2v<T>(logit * T(kLog2e) - lse2[h]);
-            grad = weight * (d - delta[h]);
-          } else {
-            weight = activate<T>(p.activation, logit);
-            grad = p.activation == Activation::kReLU ? (weight > T(0) ? d : Vec<T>{})
-                                                     : weight * (T(1) - weight) * d;
-          }
-          const Vec<T> none{};
-          grad = logit == -kInf<T> ? none : grad;
-          store(s + c, logit == -kInf<T> ? none : weight * drop);
-          store(dP + c, grad);
-          Vec<T> raw = grad * T(p.scale);
-          if (p.softcap != 0) {
-            const Vec<T> t = load(cap + c);
-            raw = raw * (T(1) - t * t);
-          }
-          store(g + c, raw);
-        }
-        add_queries(piece, at, e16, h, s);
+        edge_logits<T, S>(p, e16, h, w, w.s, cap);
+        weigh(piece.row, e16, h);
+        add_queries(at, e16, h);
       }
     }
   }
 
  private:
-  // One head's numbers go to memory and into dQ; dead edges are left out, because what stands in their rows
-  // must not be touched.
-  void add_queries(RowSplit::Piece piece, int64_t at, const EdgeGroup& e16, int64_t h, const T* s) {
-    const S* used[kEdgeLanes];
-    const T* used_features[kEdgeLanes];
-    T used_g[kEdgeLanes];
-    int64_t n = 0;
-    for (int64_t e = 0; e < e16.n; ++e) {
-      const int64_t to = (b * p.edges + at + e) * p.heads + h;
-      numbers.weight[to] = s[e];
-      numbers.score[to] = g[e];
-      if (p.needs & kNeedEdgeBias) numbers.logit[to] = dP[e];
-      if (g[e] != T(0)) {
-        used[n] = w.rows[e];
-        used_features[n] = w.feature_rows[e];
-        used_g[n++] = g[e];
+  // w.s: logits to weights after dropout; dP to the gradient of the logit; g that of the bare score. Exactly
+  // 0 where an edge is masked.
+  void weigh(int64_t row, const EdgeGroup& e16, int64_t h) {
+    T z[kEdgeLanes];
+    for (int64_t e = 0; e < kEdgeLanes; ++e)
+      z[e] = p.dropout_p > 0 && e < e16.n ? dropout_factor<T>(p, b, h, row, e16.key[e]) : T(1);
+    for (int64_t c = 0; c < kEdgeLanes; c += kLanes<T>) {
+      const Vec<T> logit = load(w.s + c), drop = load(z + c), d = load(dP + c) * drop, none{};
+      Vec<T> weight, grad;
+      if (is_softmax(p)) {
+        weight = exp2v<T>(logit * T(kLog2e) - lse2[h]);
+        grad = weight * (d - delta[h]);
+      } else {
+        weight = activate<T>(p.activation, logit);
+        grad = p.activation == Activation::kReLU ? (weight > T(0) ? d : none) : weight * (T(1) - weight) * d;
       }
+      grad = logit == -kInf<T> ? none : grad;
+      store(w.s + c, logit == -kInf<T> ? none : weight * drop);
+      store(dP + c, grad);
+      Vec<T> raw = grad * T(p.scale);
+      if (p.softcap != 0) {
+        const Vec<T> t = load(cap + c);
+        raw = raw * (T(1) - t * t);
+      }
+      store(g + c, raw);
     }
-    (void)piece;
+  }
+  // One head's numbers go to memory and into dQ.
+  void add_queries(int64_t at, const EdgeGroup& e16, int64_t h) {
+    const int64_t to = (b * p.edges + at) * p.heads + h;
+    for (int64_t e = 0; e < e16.n; ++e) {
+      numbers.weight[to + e * p.heads] = w.s[e];
+      numbers.score[to + e * p.heads] = g[e];
+    }
+    if (p.needs & kNeedEdgeBias)
+      for (int64_t e = 0; e < e16.n; ++e) numbers.logit[to + e * p.heads] = dP[e];
+    const EdgeRows<S> keys = all_edges_live(p) ? w.rows : live_rows<T, S>(w.rows, g, e16.n, w.zeros);
+    const T* grad = g;
+    const auto factor = [grad](int64_t e) { return grad[e]; };
     if (p.score == Score::kDot) {
-      edge_sum<T, S>(dq + h * w.ldq, used, used_g, n, p.head_dim);
-      if (p.edge_dim) edge_sum<T, T>(dqe + h * w.lde, used_features, used_g, n, p.edge_dim);
+      edge_sum<T, S>(dq + h * w.ldq, keys, e16.n, p.head_dim, factor);
+      if (p.edge_dim)
+        edge_sum<T, T>(dqe + h * w.lde, live_rows<T, T>(w.feature_rows, g, e16.n, w.zero_features), e16.n,
+                       p.edge_dim, factor);
     } else {
-      additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, w.q + h * w.ldq, used,
-                                   used_g, n, dq + h * w.ldq, dW + h * p.head_dim);
+      additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, w.q + h * w.ldq, keys,
+                                   e16.n, dq + h * w.ldq, dW + h * p.head_dim, factor);
     }
   }
 };
@@ -268,29 +276,36 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
     memset(sums, 0, size_t(size) * sizeof(T));
     if (p.score != Score::kDot) read_heads(p.k, b, piece.row, p.heads_k, p.head_dim, ldk, keys);
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      const int64_t n = min64(kEdgeLanes, piece.end - at);
+      const int64_t n = min64(kEdgeLanes, piece.end - at), ahead = edges_ahead(at, n, p.edges);
+      const int32_t* later = p.t_rows + at + kEdgeLanes;
+      EdgeRows<S> queries, douts;
+      const T *weights[kEdgeLanes], *grads[kEdgeLanes];
+      for (int64_t e = 0; e < n; ++e) {
+        const int64_t from = (b * p.edges + p.t_edges[at + e]) * p.heads;
+        weights[e] = numbers.weight + from;
+        grads[e] = numbers.score + from;
+        queries.at[e] = typed_row<S>(p.q, b, 0, p.t_rows[at + e]);
+        douts.at[e] = typed_row<S>(p.dout, b, 0, p.t_rows[at + e]);
+      }
+      for (int64_t e = 0; e < ahead; ++e) {
+        const int64_t from = (b * p.edges + p.t_edges[at + kEdgeLanes + e]) * p.heads;
+        __builtin_prefetch(numbers.weight + from);
+        __builtin_prefetch(numbers.score + from);
+      }
       for (int64_t h = 0; h < p.heads; ++h) {
-        const S *q_rows[kEdgeLanes], *do_rows[kEdgeLanes];
-        T g[kEdgeLanes], weight[kEdgeLanes];
-        int64_t gs = 0, weights = 0;
-        for (int64_t e = 0; e < n; ++e) {
-          const int64_t from = (b * p.edges + p.t_edges[at + e]) * p.heads + h, row = p.t_rows[at + e];
-          if (numbers.score[from] != T(0)) {
-            q_rows[gs] = typed_row<S>(p.q, b, h, row);
-            g[gs++] = numbers.score[from];
-          }
-          if (numbers.weight[from] != T(0)) {
-            do_rows[weights] = typed_row<S>(p.dout, b, h, row);
-            weight[weights++] = numbers.weight[from];
-          }
-        }
+        queries.offset = h * p.q.head;
+        douts.offset = h * p.dout.head;
+        prefetch_rows<S>(p.q, b, h, later, ahead, p.head_dim);
+        prefetch_rows<S>(p.dout, b, h, later, ahead, p.head_dim_v);
+        const auto grad = [&grads, h](int64_t e) { return grads[e][h]; };
+        const auto weight = [&weights, h](int64_t e) { return weights[e][h]; };
         T* dk = sums + h / group * ldk;
         if (p.score == Score::kDot)
-          edge_sum<T, S>(dk, q_rows, g, gs, p.head_dim);
+          edge_sum<T, S>(dk, queries, n, p.head_dim, grad);
         else
           additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim,
-                                       keys + h / group * ldk, q_rows, g, gs, dk, nullptr);
-        edge_sum<T, S>(sums + p.heads_k * ldk + h / group * ldv, do_rows, weight, weights, p.head_dim_v);
+                                       keys + h / group * ldk, queries, n, dk, nullptr, grad);
+        edge_sum<T, S>(sums + p.heads_k * ldk + h / group * ldv, douts, n, p.head_dim_v, weight);
       }
     }
     if (entire) write_keys<T>(p, b, piece.row, sums, ldk, ldv);

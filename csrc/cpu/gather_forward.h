@@ -2,7 +2,6 @@
 // online softmax per head.
 #pragma once
 #include "gather.h"
-#include "tiled_forward.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -59,9 +58,10 @@ SACCADE_FORCE T additive_edge(const GatherParams& p, const T* w, const T* q, con
 // Scratch of one thread: the query row, the rows of an edge group, its numbers.
 template <typename T, typename S>
 struct GatherScratch {
-  T *q, *edge_q, *s, *features;
-  const S* rows[kEdgeLanes];
-  const T* feature_rows[kEdgeLanes];
+  T *q, *edge_q, *s, *features, *zero_features;
+  S* zeros;
+  EdgeRows<S> rows;
+  EdgeRows<T> feature_rows;
   int64_t ldq, lde;
 
   GatherScratch(const GatherParams& p, Arena& a)
@@ -70,18 +70,25 @@ struct GatherScratch {
     edge_q = a.take<T>(p.heads * lde);
     s = a.take<T>(4 * kEdgeLanes);
     features = a.take<T>(kEdgeLanes * lde);
+    zero_features = a.take<T>(lde);
+    zeros = a.take<S>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v);
+    if (!a.base) return;
+    memset(zero_features, 0, size_t(lde) * sizeof(T));
+    memset(zeros, 0, size_t(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v) * sizeof(S));
   }
   void read_queries(const GatherParams& p, int64_t b, int64_t row) {
     read_heads(p.q, b, row, p.heads, p.head_dim, ldq, q);
     if (p.edge_dim) read_heads(p.edge_q, b, row, p.heads, p.edge_dim, lde, edge_q);
   }
-  void point(const Rows& x, const EdgeGroup& g, int64_t b, int64_t hk) {
-    for (int64_t e = 0; e < g.n; ++e) rows[e] = typed_row<S>(x, b, hk, g.key[e]);
+  static EdgeRows<S> point(const Rows& x, const EdgeGroup& g, int64_t b) {
+    EdgeRows<S> rows;
+    for (int64_t e = 0; e < g.n; ++e) rows.at[e] = typed_row<S>(x, b, 0, g.key[e]);
+    return rows;
   }
   void read_features(const GatherParams& p, const EdgeGroup& g) {
     if (!p.edge_dim) return;
     for (int64_t e = 0; e < g.n; ++e) {
-      feature_rows[e] = features + e * lde;
+      feature_rows.at[e] = features + e * lde;
       read_row(features + e * lde, row_at(p.edge_x, 0, 0, g.id[e]), p.edge_x.dtype, p.edge_x.col, p.edge_dim);
       for (int64_t c = p.edge_dim; c < lde; ++c) features[e * lde + c] = T(0);
     }
@@ -103,7 +110,7 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, Ga
     }
   } else {
     const T* weight = static_cast<const T*>(p.weight) + h * p.head_dim;
-    for (int64_t e = 0; e < g.n; ++e) s[e] = additive_edge<T, S>(p, weight, q, w.rows[e]);
+    for (int64_t e = 0; e < g.n; ++e) s[e] = additive_edge<T, S>(p, weight, q, w.rows.row(e));
   }
   const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
   for (int64_t e = g.n; e < kEdgeLanes; ++e) s[e] = T(0);
@@ -131,57 +138,65 @@ SACCADE_FORCE T dropout_factor(const GatherParams& p, int64_t b, int64_t h, int6
   return dropout_keeps(p.seed, dropout_threshold(p.dropout_p), b, h, i, j) ? T(1 / (1 - p.dropout_p)) : T(0);
 }
 
+// One head's edges join its running softmax; s turns from logits into weights.
+template <typename T>
+static void edge_softmax(const GatherParams& p, int64_t h, T* s, GatherState<T>& state) {
+  constexpr int L = kLanes<T>;
+  if (!is_softmax(p)) {
+    for (int64_t c = 0; c < kEdgeLanes; c += L) store(s + c, activate<T>(p.activation, load(s + c)));
+    return;
+  }
+  Vec<T> top = load(s);
+  for (int64_t c = L; c < kEdgeLanes; c += L) top = vmax<T>(load(s + c), top);
+  const T old = state.m[h], found = lanes_max<T>(top), now = found > old ? found : old;
+  const T pivot = now == -kInf<T> ? T(0) : now;
+  if (now != old) {
+    const T alpha = old == -kInf<T> ? T(0) : exp2v<T>(splat<T>((old - pivot) * T(kLog2e)))[0];
+    T *O = state.O + h * state.ldo, *E = state.E + h * state.lde;
+    for (int64_t c = 0; c < state.ldo; c += L) store(O + c, load(O + c) * alpha);
+    for (int64_t c = 0; c < state.lde; c += L) store(E + c, load(E + c) * alpha);
+    state.l[h] *= alpha;
+    state.m[h] = now;
+  }
+  Vec<T> sum{};
+  for (int64_t c = 0; c < kEdgeLanes; c += L) {
+    const Vec<T> x = exp2v<T>((load(s + c) - pivot) * T(kLog2e));
+    store(s + c, x);
+    sum += x;
+  }
+  state.l[h] += lanes_sum<T>(sum);
+}
+
 template <typename T, typename S>
 static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piece, GatherScratch<T, S>& w,
                           GatherState<T>& state) {
-  constexpr int L = kLanes<T>;
   const int64_t group = p.heads / p.heads_k;
+  const bool live = all_edges_live(p);
   T* s = w.s;
   for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
     const EdgeGroup g = edge_group(p, b, 0, piece.row, at, piece.end);
+    const int32_t* later = p.indices + at + kEdgeLanes;
+    const int64_t ahead = edges_ahead(at, g.n, p.edges);
     w.read_features(p, g);
+    w.rows = w.point(p.k, g, b);
+    EdgeRows<S> values = w.point(p.v, g, b);
     for (int64_t h = 0; h < p.heads; ++h) {
-      w.point(p.k, g, b, h / group);
-      edge_logits<T, S>(p, g, h, w, s, nullptr);
-      T* O = state.O + h * state.ldo;
-      if (is_softmax(p)) {
-        Vec<T> top = load(s);
-        for (int64_t c = L; c < kEdgeLanes; c += L) top = vmax<T>(load(s + c), top);
-        const T old = state.m[h], found = lanes_max<T>(top), now = found > old ? found : old;
-        const T pivot = now == -kInf<T> ? T(0) : now;
-        if (now != old) {
-          const T alpha = old == -kInf<T> ? T(0) : exp2v<T>(splat<T>((old - pivot) * T(kLog2e)))[0];
-          for (int64_t c = 0; c < state.ldo; c += L) store(O + c, load(O + c) * alpha);
-          for (int64_t c = 0; c < state.lde; c += L)
-            store(state.E + h * state.lde + c, load(state.E + h * state.lde + c) * alpha);
-          state.l[h] *= alpha;
-          state.m[h] = now;
-        }
-        Vec<T> sum{};
-        for (int64_t c = 0; c < kEdgeLanes; c += L) {
-          const Vec<T> x = exp2v<T>((load(s + c) - pivot) * T(kLog2e));
-          store(s + c, x);
-          sum += x;
-        }
-        state.l[h] += lanes_sum<T>(sum);
-      } else {
-        for (int64_t c = 0; c < kEdgeLanes; c += L) store(s + c, activate<T>(p.activation, load(s + c)));
+      w.rows.offset = h / group * p.k.head;
+      values.offset = h / group * p.v.head;
+      if (h % group == 0) {
+        prefetch_rows<S>(p.k, b, h / group, later, ahead, p.head_dim);
+        prefetch_rows<S>(p.v, b, h / group, later, ahead, p.head_dim_v);
       }
+      edge_logits<T, S>(p, g, h, w, s, nullptr);
+      edge_softmax(p, h, s, state);
       if (p.dropout_p > 0)
         for (int64_t e = 0; e < g.n; ++e) s[e] *= dropout_factor<T>(p, b, h, piece.row, g.key[e]);
-      // An edge that the rest of the mask drops must not touch its value: what stands there may be NaN.
-      const S* used[kEdgeLanes];
-      const T* used_features[kEdgeLanes];
-      T weight[kEdgeLanes];
-      int64_t n = 0;
-      for (int64_t e = 0; e < g.n; ++e)
-        if (s[e] != T(0)) {
-          used[n] = typed_row<S>(p.v, b, h / group, g.key[e]);
-          used_features[n] = w.feature_rows[e];
-          weight[n++] = s[e];
-        }
-      edge_sum<T, S>(O, used, weight, n, p.head_dim_v);
-      if (p.edge_dim) edge_sum<T, T>(state.E + h * state.lde, used_features, weight, n, p.edge_dim);
+      const auto weight = [s](int64_t e) { return s[e]; };
+      edge_sum<T, S>(state.O + h * state.ldo, live ? values : live_rows<T, S>(values, s, g.n, w.zeros), g.n,
+                     p.head_dim_v, weight);
+      if (p.edge_dim)
+        edge_sum<T, T>(state.E + h * state.lde, live_rows<T, T>(w.feature_rows, s, g.n, w.zero_features), g.n,
+                       p.edge_dim, weight);
     }
   }
 }

@@ -94,36 +94,6 @@ static void gemm(int64_t M, int64_t N, int64_t K, Broadcast<T> a, const T* b, in
   gemm_last<T, kBlockVectors - 1, Add>((N - n) / kLanes<T>, M, K, a, b + n, ldb, c + n, ldc);
 }
 
-// S[j][i] = key_j . query_i for the few rows of a narrow block, the lanes along d: one vector of partial sums
-// per pair, summed by a transposition for kLanes keys at a time. Both operands have contiguous rows. Lanes
-// beyond `rows` become 0.
-template <typename T>
-static void dot_scores(int64_t n, int64_t rows, int64_t lanes, int64_t d, const T* keys, int64_t ldk,
-                       const T* queries, int64_t ldq, T* S) {
-  constexpr int L = kLanes<T>;
-  for (int64_t j = 0; j < n; ++j) memset(S + j * lanes + rows, 0, size_t(lanes - rows) * sizeof(T));
-  for (int64_t j0 = 0; j0 < n; j0 += L)
-    for (int64_t i = 0; i < rows; ++i) {
-      Vec<T> sums[L];
-      for (int l = 0; l < L; ++l) {
-        Vec<T> sum{};
-        if (j0 + l < n) {
-          const T* key = keys + (j0 + l) * ldk;
-          const T* query = queries + i * ldq;
-          int64_t c = 0;
-          for (; c + L <= d; c += L) sum += load(key + c) * load(query + c);
-          for (; c < d; ++c) sum[int(c % L)] += key[c] * query[c];
-        }
-        sums[l] = sum;
-      }
-      butterfly<T, 1>(sums);
-      Vec<T> total = sums[0];
-#pragma GCC unroll 16
-      for (int l = 1; l < L; ++l) total += sums[l];
-      for (int l = 0; l < L && j0 + l < n; ++l) S[(j0 + l) * lanes + i] = total[l];
-    }
-}
-
 }  // namespace
 }  // namespace SACCADE_ISA
 }  // namespace saccade

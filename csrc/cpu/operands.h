@@ -43,7 +43,7 @@ struct Plain {
   // S[j][i] = a_j . b_i.
   static void scores(int64_t n, int64_t lanes, int64_t d, A a, B b, T* S) {
     if (narrow(a, b))
-      dot_scores<T>(n, b.count, lanes, d, a.p, a.row, b.rows, b.ld_rows, S);
+      dot_scores<T>(n, b.count, lanes, d, [a](int64_t j) { return a.p + j * a.row; }, b.rows, b.ld_rows, S);
     else
       gemm<false, T>(n, lanes, d, a, b.p, b.ld, S, lanes);
   }

@@ -120,6 +120,68 @@ static void write_row(void* dst, DType t, int64_t stride, const T* __restrict__ 
   });
 }
 
+// kLanes<T> elements of storage type S as accumulators.
+template <typename T>
+SACCADE_FORCE Vec<T> load_as(const T* p) {
+  return load(p);
+}
+template <typename T>
+SACCADE_FORCE Vec<T> load_as(const bf16* p) {
+  static_assert(sizeof(T) == 4, "bf16 accumulates in float");
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half h;
+  memcpy(&h, p, sizeof h);
+  return bits<Vec<float>>(__builtin_convertvector(h, typename VecOf<float>::U) << 16);
+}
+template <typename T>
+SACCADE_FORCE Vec<T> load_as(const half_bits* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<T> v;
+  for (int l = 0; l < kLanes<T>; ++l) v[l] = widen(p[l]);
+  return v;
+#endif
+}
+// The first n of them, the rest 0.
+template <typename T, typename S>
+SACCADE_FORCE Vec<T> load_part(const S* p, int64_t n) {
+  Vec<T> v{};
+  for (int64_t l = 0; l < n; ++l) v[int(l)] = T(widen(p[l]));
+  return v;
+}
+// Partial sums of x . row, one per lane.
+template <typename T, typename S>
+SACCADE_FORCE Vec<T> dot_part(const T* x, const S* row, int64_t d) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum{};
+  int64_t c = 0;
+  for (; c + L <= d; c += L) sum += load(x + c) * load_as<T>(row + c);
+  if (c < d) sum += load_part<T>(x + c, d - c) * load_part<T>(row + c, d - c);
+  return sum;
+}
+// S[j][i] = key(j) . query_i for the few rows of a narrow block, lanes along d: kLanes keys at a time are
+// summed by a transposition. key(j) points to a contiguous row. Lanes of S beyond `rows` become 0.
+template <typename T, typename Key>
+static void dot_scores(int64_t n, int64_t rows, int64_t lanes, int64_t d, Key key, const T* queries,
+                       int64_t ldq, T* S) {
+  constexpr int L = kLanes<T>;
+  for (int64_t j = 0; j < n; ++j) memset(S + j * lanes + rows, 0, size_t(lanes - rows) * sizeof(T));
+  for (int64_t j0 = 0; j0 < n; j0 += L)
+    for (int64_t i = 0; i < rows; ++i) {
+      Vec<T> sums[L];
+      for (int l = 0; l < L; ++l)
+        sums[l] = j0 + l < n ? dot_part<T>(queries + i * ldq, key(j0 + l), d) : Vec<T>{};
+      butterfly<T, 1>(sums);
+      Vec<T> total = sums[0];
+#pragma GCC unroll 16
+      for (int l = 1; l < L; ++l) total += sums[l];
+      for (int l = 0; l < L && j0 + l < n; ++l) S[(j0 + l) * lanes + i] = total[l];
+    }
+}
+
 SACCADE_FORCE char* row_at(const Rows& x, int64_t b, int64_t h, int64_t i) {
   return static_cast<char*>(x.data) + (b * x.batch + h * x.head + i * x.row) * size_of(x.dtype);
 }

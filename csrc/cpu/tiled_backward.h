@@ -372,9 +372,9 @@ template <typename T>
 static void sum_parts(const T* parts, int64_t count, int64_t part_stride, int64_t n, void* out) {
   T* o = static_cast<T*>(out);
   for (int64_t x = 0; x < n; ++x) {
-    T s = T(0);
-    for (int64_t c = 0; c < count; ++c) s += parts[c * part_stride + x];
-    o[x] = s;
+    double sum = 0;
+    for (int64_t c = 0; c < count; ++c) sum += parts[c * part_stride + x];
+    o[x] = T(sum);
   }
 }
 

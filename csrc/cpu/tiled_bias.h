@@ -19,29 +19,25 @@ struct BiasItems {
   }
 };
 
-// dbias elements of this tile += the tile's gradient. `out` is the item's [rows or 1][keys or 1] corner at
-// (row 0 of the block, key 0).
+// What a bias that is broadcast over queries or keys sums is long: those few sums are kept in double.
+constexpr int64_t kBiasSums = kBlockN;
+static_assert(kBlockM <= kBiasSums, "one sum per query of a block, or per key of a tile");
+
+// dbias elements of this tile += the tile's gradient: into `out`, the item's corner at (row 0 of the block,
+// key 0), where the bias has both queries and keys, else into `sums`, by query or by key from `first` on.
 template <typename T>
 static void add_bias_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const T* dS, T* out,
-                          int64_t ld, T* buffer) {
+                          double* sums, int64_t first, T* buffer) {
   const bool by_row = p.dbias_size[2] > 1, by_key = p.dbias_size[3] > 1;
   if (by_row && by_key) {
     transpose(dS, q.lanes, buffer, t.n, t.n, q.rows);
     for (int64_t i = 0; i < q.rows; ++i)
-      for (int64_t j = 0; j < t.n; ++j) out[i * ld + t.j0 + j] += buffer[i * t.n + j];
+      for (int64_t j = 0; j < t.n; ++j) out[i * p.dbias_size[3] + t.j0 + j] += buffer[i * t.n + j];
     return;
   }
-  for (int64_t j = 0; j < t.n; ++j) {
-    T sum = T(0);
-    for (int64_t i = 0; i < q.rows; ++i) {
-      const T g = dS[j * q.lanes + i];
-      if (by_row)
-        out[i] += g;
-      else
-        sum += g;
-    }
-    if (!by_row) out[by_key ? t.j0 + j : 0] += sum;
-  }
+  for (int64_t j = 0; j < t.n; ++j)
+    for (int64_t i = 0; i < q.rows; ++i)
+      sums[by_row ? i : by_key ? t.j0 + j - first : 0] += dS[j * q.lanes + i];
 }
 
 template <typename M>
@@ -61,7 +57,10 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
   const int64_t first = items.key_blocks > 1 ? key_block * kBlockN : 0;
   const int64_t held = items.key_blocks > 1 ? min64(kBlockN, keys - first) : keys;
   const int64_t own_rows = all_rows ? 1 : min64(kBlockM, rows - row_block * kBlockM);
-  for (int64_t i = 0; i < own_rows; ++i) memset(out + i * keys + first, 0, size_t(held) * sizeof(T));
+  const bool summed = rows == 1 || keys == 1;
+  double sums[kBiasSums] = {};
+  for (int64_t i = 0; i < own_rows && !summed; ++i)
+    memset(out + i * keys + first, 0, size_t(held) * sizeof(T));
   const Interval within = items.key_blocks > 1 ? Interval{first, first + held} : Interval{0, INT64_MAX};
 
   const int64_t b_end = p.dbias_size[0] > 1 ? b0 + 1 : p.batch,
@@ -76,9 +75,11 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
         const BackwardBlock<M> block(p, q, w);
         while (tiles.next(t)) {
           gradient_tile<M>(p, q, t, block, w);
-          add_bias_tile<T>(p, q, t, w.dP, out, keys, w.S);
+          add_bias_tile<T>(p, q, t, w.dP, out, sums, first, w.S);
         }
       }
+  if (summed)
+    for (int64_t x = 0; x < (all_rows ? held : own_rows); ++x) out[(all_rows ? first : 0) + x] = T(sums[x]);
 }
 
 template <typename M>

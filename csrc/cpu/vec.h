@@ -102,12 +102,11 @@ struct Exp2<double> {
                                        2.4022650695910098e-01, 6.9314718055994531e-01};
 };
 
-// 2^x - 1 split as q * s + (s - 1): q = 2^r - 1 without cancellation, s = 2^n, x = n + r, |r| <= 1/2.
+// q = 2^r - 1 without cancellation, s = 2^n, for r = x - n, where n is x rounded to an integer by adding the
+// magic number.
 template <typename T>
-SACCADE_FORCE void exp2_parts(Vec<T> x, Vec<T>& q, Vec<T>& s) {
+SACCADE_FORCE void exp2_parts(Vec<T> shifted, Vec<T> r, Vec<T>& q, Vec<T>& s) {
   using E = Exp2<T>;
-  const Vec<T> shifted = x + E::kMagic;
-  const Vec<T> r = x - (shifted - E::kMagic);
   Vec<T> p = splat<T>(E::c[0]);
 #pragma GCC unroll 16
   for (int i = 1; i < E::kTerms; ++i) p = p * r + E::c[i];
@@ -120,8 +119,9 @@ SACCADE_FORCE void exp2_parts(Vec<T> x, Vec<T>& q, Vec<T>& s) {
 template <typename T>
 SACCADE_FORCE Vec<T> exp2v(Vec<T> x) {
   const T low = T(1 - Exp2<T>::kBias);
+  const Vec<T> held = vmax<T>(splat<T>(low), x), shifted = held + Exp2<T>::kMagic;
   Vec<T> q, s;
-  exp2_parts<T>(vmax<T>(splat<T>(low), x), q, s);
+  exp2_parts<T>(shifted, held - (shifted - Exp2<T>::kMagic), q, s);
   return x < low ? Vec<T>{} : q * s + s;
 }
 
@@ -131,8 +131,12 @@ template <typename T>
 SACCADE_FORCE Vec<T> tanhv(Vec<T> x) {
   Vec<T> a = x < T(0) ? -x : x;
   a = a > T(20) ? splat<T>(T(20)) : a;
+  // 2 log2 e in two parts: what the product a * high loses, the fused subtraction and the low part give back.
+  constexpr T high = T(2 * kLog2e),
+              low = T(2 * kLog2e - double(high)) + (sizeof(T) == 8 ? T(4.0710547481862066e-17) : T(0));
+  const Vec<T> shifted = a * high + Exp2<T>::kMagic;
   Vec<T> q, s;
-  exp2_parts<T>(a * T(2 * kLog2e), q, s);
+  exp2_parts<T>(shifted, (a * high - (shifted - Exp2<T>::kMagic)) + a * low, q, s);
   const Vec<T> e = q * s + (s - T(1));
   const Vec<T> t = e / (e + T(2));
   return x < T(0) ? -t : t;

@@ -1,6 +1,7 @@
 """saccade: attention kernels for PyTorch."""
 
-from . import position, reference
+from . import nn, position, reference
+from .accelerate import accelerate, restore
 from .dropout import dropout_mask
 from .explain import Explanation, explain
 from .explain import list_backends as backends
@@ -15,3 +16,35 @@ from .graph import Graph
 from .masks import Band, Causal, Chunks, KeyPadding, Mask, Segments, Window
 from .position import T5, ALiBi, RoPE, Shaw, TransformerXL
 from .scores import Additive, GATv2
+
+__all__ = [
+    "ALiBi",
+    "Additive",
+    "Band",
+    "Causal",
+    "Chunks",
+    "Explanation",
+    "GATv2",
+    "Graph",
+    "KeyPadding",
+    "Mask",
+    "RoPE",
+    "Segments",
+    "Shaw",
+    "T5",
+    "TransformerXL",
+    "Window",
+    "accelerate",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "backends",
+    "dropout_mask",
+    "explain",
+    "merge",
+    "nn",
+    "position",
+    "reference",
+    "restore",
+    "scaled_dot_product_attention",
+]

@@ -5,7 +5,7 @@ every argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from . import ops
+from . import gather, ops
 from .backends import reference
 from .problem import NORMALISED, Problem, Spec
 
 Tensors = tuple[Tensor | None, ...]
-_COUNT = 9  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v
+_COUNT = 12  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, edge e, edge W
+_HEADS = 5  # dout, dlse, out, lse, the mixed edge features
 _SINK = 6
 
 
@@ -39,12 +40,14 @@ def attend(problem: Problem, body: int) -> tuple[Tensor, Tensor]:
     """(out, lse) by the operators, with derivatives."""
     tensors, spec = problem.tensors, problem.spec
     if _untracked(tensors):
-        return ops.forward(spec, tensors, spec.seed, body)
+        out, lse, *_ = _run(Call(spec, body), tensors, spec.seed)
+        return out, lse
     if torch.compiler.is_compiling():
         function: type[Function] = Forward
     else:
         function = Eager if torch._C._functorch.peek_interpreter_stack() is None else Attention
-    return function.apply(*tensors, spec.seed, Call(spec, body))
+    found = function.apply(*tensors, spec.seed, Call(spec, body))
+    return found[0], found[1]
 
 
 def attention_weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
@@ -52,7 +55,10 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
     tensors, spec = problem.tensors, problem.spec
     if _untracked(tensors):
         return ops.weights(spec, lse, tensors, spec.seed, average)
-    function = PlainWeights if torch.compiler.is_compiling() else Weights
+    if torch.compiler.is_compiling():
+        function: type[Function] = PlainWeights
+    else:
+        function = EagerWeights if torch._C._functorch.peek_interpreter_stack() is None else Weights
     return function.apply(lse.detach(), *tensors, spec.seed, Call(spec, ops.TILED), average)
 
 
@@ -71,9 +77,9 @@ class Forward(Function):
     """saccade::forward with its first derivative. The form torch.compile traces: it takes no jvp."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, seed, call = args
-        return ops.forward(call.spec, tuple(tensors), seed, call.body)
+        return _run(call, tuple(tensors), seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -81,19 +87,19 @@ class Forward(Function):
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
-        if not ctx.call.has_lse:
-            ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1 + ctx.call.has_lse :])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, seed, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        tensors, (seed, out, lse, *rest) = saved[:_COUNT], saved[_COUNT:]
         nothing = (None,) * (_COUNT + 2)
         wanted = tuple(n for n in range(_COUNT) if ctx.needs_input_grad[n])
         if (dout is None and dlse is None) or not wanted:
             return nothing
         if dout is None:
             dout = torch.zeros_like(out)
-        inputs = (dout, dlse, out, lse, *tensors, seed)
+        inputs = (dout, dlse, out, lse, rest[0] if rest else None, *tensors, seed)
         if torch.compiler.is_compiling() or _untracked(inputs):
             found = Backward.forward(*inputs, ctx.call, wanted)
         else:
@@ -113,7 +119,7 @@ class Attention(Forward):
         present = _present(tensors)
         run = _attend_fn(ctx.call, seed, present, (True, ctx.call.has_lse))
         found = jvp_by_vjp(run, [tensors[n] for n in present], [tangents[n] for n in present])
-        return found if ctx.call.has_lse else (*found, None)
+        return (*found, *(None,) * (_outputs(ctx.call) - len(found)))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -130,7 +136,7 @@ class Eager(Function):
     """`Attention` without a setup_context, which functorch needs and which costs 15 us a call."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         output = Forward.forward(*args)
         Forward.setup_context(ctx, args, output)
         return output
@@ -146,17 +152,11 @@ class Backward(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        dout, dlse, out, lse, *tensors, seed, call, wanted = args
-        bits = sum(1 << _bit(n) for n in wanted if n != _SINK)
-        found: tuple[Tensor, ...] = ()
-        if bits:
-            found = ops.backward(call.spec, (dout, dlse, out, lse), tuple(tensors), seed, (call.body, bits))
-        return tuple(
-            _sink_gradient(call.spec, dout, dlse, out, lse, tensors[n])
-            if n == _SINK
-            else found[_bit(n)].to(tensors[n].dtype)
-            for n in wanted
-        )
+        dout, dlse, out, lse, mixed, *tensors, seed, call, wanted = args
+        found = _gradients(call, (dout, dlse, out, lse, mixed), tuple(tensors), seed, wanted)
+        if _SINK in wanted:
+            found[_SINK] = _sink_gradient(call.spec, dout, dlse, out, lse, tensors[_SINK])
+        return tuple(found[n].to(tensors[n].dtype) for n in wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -168,7 +168,7 @@ class Backward(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         run, present, primals = _gradient_fn(ctx)
         _, pullback = _vjp(run, *primals)
-        grads: list[Any] = [None] * (4 + _COUNT + 3)
+        grads: list[Any] = [None] * (_HEADS + _COUNT + 3)
         for n, grad in zip(present, pullback(tuple(cotangents)), strict=True):
             grads[n] = grad
         return tuple(grads)
@@ -180,9 +180,10 @@ class Backward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        dout, dlse, out, lse, *tensors, seed, call, wanted = args
-        if _folds(call, tensors, in_dims[4:], seed):
-            joint = [_folded(x, d, info.batch_size) for x, d in zip(args[:7], in_dims, strict=False)]
+        tensors, seed, call, wanted = args[_HEADS:-3], *args[-3:]
+        if _folds(call, tensors, in_dims[_HEADS:], seed):
+            first = _HEADS + 3
+            joint = [_folded(x, d, info.batch_size) for x, d in zip(args[:first], in_dims, strict=False)]
             found = Backward.apply(*joint, *tensors[3:], seed, _with_batch(call, info.batch_size), wanted)
             return _unfolded(found, info.batch_size)
         return vmap_by_loop(Backward.apply, info, in_dims, args)
@@ -229,9 +230,42 @@ class Weights(PlainWeights):
         return vmap_by_loop(Weights.apply, info, in_dims, args)
 
 
-def _bit(n: int) -> int:
-    """The place of input n among the operator's gradients, which lack the sink's."""
-    return n if n < _SINK else n - 1
+class EagerWeights(Function):
+    """`Weights` without a setup_context, as `Eager`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        output = PlainWeights.forward(*args)
+        PlainWeights.setup_context(ctx, args, output)
+        return output
+
+    backward = staticmethod(PlainWeights.backward)
+    jvp = staticmethod(Weights.jvp)
+
+
+def _run(call: Call, tensors: Tensors, seed: Tensor | None) -> tuple[Tensor, ...]:
+    if call.body == ops.GATHER:
+        return gather.forward(call.spec, tensors, seed)
+    return ops.forward(call.spec, tensors, seed, call.body)
+
+
+def _outputs(call: Call) -> int:
+    return 3 if call.body == ops.GATHER else 2
+
+
+def _gradients(
+    call: Call, grads: Tensors, tensors: Tensors, seed: Tensor | None, wanted: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """The operators' gradients of the inputs wanted, by place; the sink's is not theirs."""
+    if call.body == ops.GATHER:
+        return gather.backward(call.spec, grads, tensors, seed, wanted)
+    places = (0, 1, 2, 3, 4, 5, 7, 8)  # in the order in which the operator returns them
+    bits = sum(1 << bit for bit, n in enumerate(places) if n in wanted)
+    if not bits:
+        return {}
+    return dict(
+        zip(places, ops.backward(call.spec, grads[:4], tensors, seed, (call.body, bits)), strict=True)
+    )
 
 
 def _sink_gradient(
@@ -283,7 +317,7 @@ def _gradient_fn(ctx: Any) -> tuple[Callable[..., Any], list[int], list[Tensor]]
     """`Backward` by the reference: the function, the places of its arguments among the inputs, and their
     values.
     """
-    dout, dlse, _, _, *tensors, seed = ctx.saved_tensors
+    dout, dlse, _, _, _, *tensors, seed = ctx.saved_tensors
     inside = _present(tensors)
     run = _attend_fn(ctx.call, seed, inside, (True, dlse is not None))
     heads = [dout] if dlse is None else [dout, dlse]
@@ -293,7 +327,7 @@ def _gradient_fn(ctx: Any) -> tuple[Callable[..., Any], list[int], list[Tensor]]
         found = pullback(tuple(values[: len(heads)]))
         return tuple(found[inside.index(n)] for n in ctx.wanted)
 
-    places = [*range(len(heads)), *(n + 4 for n in inside)]
+    places = [*range(len(heads)), *(n + _HEADS for n in inside)]
     return gradients, places, [*heads, *(tensors[n] for n in inside)]
 
 
@@ -325,7 +359,7 @@ def vmap_by_loop(apply: Callable[..., Any], info: Any, in_dims: Any, args: tuple
     return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
 
 
-def _folds(call: Call, tensors: list[Any], in_dims: Any, seed: Tensor | None) -> bool:
+def _folds(call: Call, tensors: Sequence[Any], in_dims: Any, seed: Tensor | None) -> bool:
     """Entries become batch entries where nothing but q, k and v tells those apart."""
     args = call.spec.args
     alone = all(t is None for t in tensors[3:]) and seed is None

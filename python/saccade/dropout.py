@@ -50,7 +50,7 @@ def as_seed(seed: object, device: torch.device) -> Tensor:
     synchronisation.
     """
     if seed is None:
-        return torch.empty(1, dtype=torch.int64, device=device).random_()
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
             got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"

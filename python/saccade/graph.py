@@ -220,10 +220,30 @@ class Graph(Mask):
         itself.
         """
         self.transpose()
-        if not self.has_repeats:
+        self.columns()
+        if not self.has_repeats and self.num_tiles:
             self.tiles()
         self.keep(0, 0, self.rows[:1], self.indices[:1].long(), self.num_queries, self.num_keys)
         return self
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """CSR by key: indptr [Sk + 1] int64, the query of each edge [E] int32, its place in the CSR by query
+        [E].
+        """
+        return self._once("columns", self._build_columns)
+
+    def _build_columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        keys, order = torch.sort(self.indices, stable=True)
+        ends = torch.arange(self.num_keys + 1, device=self.device, dtype=keys.dtype)
+        return torch.searchsorted(keys, ends), self.rows[order].int(), order
+
+    @property
+    def num_tiles(self) -> int:
+        """How many 64 x 64 tiles hold an edge."""
+        return self._once("num_tiles", lambda: torch.unique(self._tile_numbers()).numel())
+
+    def _tile_numbers(self) -> Tensor:
+        return (self.rows // TILE) * max(-(-self.num_keys // TILE), 1) + self.indices // TILE
 
     def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tile form: CSR over the 64 x 64 tiles that hold an edge, one bit per pair. Only without repeated
@@ -239,7 +259,7 @@ class Graph(Mask):
             raise ValueError("tiles: a graph with repeated edges has no tile form")
         rows, keys = self.rows, self.indices.long()
         across, down = -(-self.num_keys // TILE), -(-self.num_queries // TILE)
-        tile, slot = torch.unique((rows // TILE) * max(across, 1) + keys // TILE, return_inverse=True)
+        tile, slot = torch.unique(self._tile_numbers(), return_inverse=True)
         bits = torch.zeros(tile.numel() * TILE, dtype=torch.int64, device=self.device)
         # No pair stands twice, so adding its bit is setting it.
         bits.index_add_(0, slot * TILE + rows % TILE, torch.ones_like(keys) << (keys % TILE))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .layout import memory_order
 from .problem import NORMALISED, SOFTMAX1, Spec, accumulator
 
-TILED, DECODE = 0, 1
+TILED, DECODE, GATHER = 0, 1, 2
 PATH = os.environ.get("SACCADE_OPS_LIBRARY") or str(Path(__file__).with_name("libsaccade_ops.so"))
 _NO_GRAPH = (None, None, None)
 
@@ -30,22 +30,16 @@ def _load() -> tuple[bool, str]:
 LOADED, WHY_NOT = _load()
 
 
-def mask_arguments(spec: Spec) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """The mask's tensors, the graph's tensors and the mask's numbers, as the operators take them."""
-    args = spec.args
-    graph = _NO_GRAPH if args.graph is None else args.graph.tiles()
-    tensors = (args.head_bounds, args.lengths, args.keep, args.q_ids, args.k_ids)
-    return tensors, graph, (args.band, args.chunks)
-
-
-def call_arguments(spec: Spec, seed: Tensor | None) -> tuple[Any, ...]:
-    """The arguments from `seed` to `dropout_p`: everything but the differentiable tensors and the body."""
-    tensors, graph, numbers = mask_arguments(spec)
-    at = spec.layout
+def call_arguments(spec: Spec, seed: Tensor | None, body: int) -> tuple[Any, ...]:
+    """The arguments from `seed` to `body`: everything but the differentiable tensors."""
+    args, at = spec.args, spec.layout
+    tiles = _NO_GRAPH if args.graph is None or body == GATHER else args.graph.tiles()
     lengths = (0, 0) if at.is_dense else (spec.seqlen_q, spec.seqlen_k)
     return (
-        seed, *tensors, at.cu_seqlens_q, at.cu_seqlens_k, at.seqused_k, at.page_table, at.beam, *graph,
-        *numbers, *lengths, spec.score, spec.activation, spec.scale, spec.softcap, spec.slope, spec.dropout_p,
+        seed, args.head_bounds, args.lengths, args.keep, args.q_ids, args.k_ids,
+        at.cu_seqlens_q, at.cu_seqlens_k, at.seqused_k, at.page_table, at.beam, *tiles,
+        args.band, args.chunks, *lengths, spec.score, spec.activation, spec.scale, spec.softcap, spec.slope,
+        spec.dropout_p, body,
     )  # fmt: skip
 
 
@@ -57,6 +51,7 @@ if LOADED:
         return {argument.name: n for n, argument in enumerate(schema.arguments)}
 
     _FORWARD, _BACKWARD, _WEIGHTS = map(_places, ("forward", "backward", "weights"))
+    _GATHER, _GATHER_BACKWARD = map(_places, ("gather_forward", "gather_backward"))
 
     @torch.library.register_fake("saccade::forward")
     def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -92,6 +87,26 @@ if LOADED:
             found.append(q.new_empty(shape, dtype=dtype))
         return tuple(found)
 
+    @torch.library.register_fake("saccade::gather_forward")
+    def _gather_forward_fake(*args: Any) -> tuple[Tensor, ...]:
+        q, features = args[0], args[_GATHER["edge_x"]]
+        plain = [*args[: _FORWARD["out_order"]], args[_GATHER["out_order"]]]
+        shape = (0,) if features is None else (*q.shape[:-1], features.shape[1])
+        return *_forward_fake(*plain), q.new_empty(shape)
+
+    @torch.library.register_fake("saccade::gather_backward")
+    def _gather_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+        at, q = _GATHER_BACKWARD, args[_GATHER_BACKWARD["q"]]
+        needs, wide = args[at["needs"]], accumulator(q.dtype)
+        found = []
+        for name, bit in (("q", 1), ("k", 2), ("v", 4), ("weight", 32), ("edge_bias", 256), ("edge_q", 512)):
+            like, dtype = args[at[name]], q.dtype if name in ("q", "k", "v", "edge_q") else wide
+            absent = like is None or not needs & bit
+            found.append(q.new_empty(0, dtype=wide) if absent else like.new_empty(like.shape, dtype=dtype))
+        features, absent = args[at["edge_x"]], not needs & 1024
+        found.append(q.new_empty((0,) if absent else features.shape, dtype=wide))
+        return tuple(found)
+
     @torch.library.register_fake("saccade::weights")
     def _weights_fake(*args: Any) -> Tensor:
         q, k = args[_WEIGHTS["q"]], args[_WEIGHTS["k"]]
@@ -104,59 +119,48 @@ def forward(
     spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None, body: int
 ) -> tuple[Tensor, Tensor]:
     """`saccade::forward` on the tensors of `Problem.tensors`."""
-    q, k, v, bias, *rest = _contiguous_terms(tensors)
+    q, k, v, bias, *rest = _taken(tensors)
     assert q is not None
-    return torch.ops.saccade.forward.default(
-        q,
-        k,
-        v,
-        _expanded(spec, bias),
-        *rest,
-        *call_arguments(spec, seed),
-        body,
-        spec.layout.out_order or memory_order(q),
-    )
+    order = spec.layout.out_order or memory_order(q)
+    call = call_arguments(spec, seed, body)
+    return torch.ops.saccade.forward.default(q, k, v, _expanded(spec, bias), *rest, *call, order)
 
 
 def backward(
     spec: Spec,
-    grads: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    grads: tuple[Tensor | None, ...],
     tensors: tuple[Tensor | None, ...],
     seed: Tensor | None,
     body_and_needs: tuple[int, int],
 ) -> tuple[Tensor, ...]:
     """`saccade::backward`; `grads` is dout, dlse, out, lse."""
-    q, k, v, bias, *rest = _contiguous_terms(tensors)
-    call = call_arguments(spec, seed)
-    return torch.ops.saccade.backward.default(
-        *grads, q, k, v, _expanded(spec, bias), *rest, *call, *body_and_needs
-    )
+    q, k, v, bias, *rest = _taken(tensors)
+    if bias is not None and any(n > 1 and s == 0 for n, s in zip(bias.shape, bias.stride(), strict=True)):
+        # The operator sums over stride 0, and a bias that came expanded wants its whole gradient.
+        bias = bias.contiguous()
+    body, needs = body_and_needs
+    call = call_arguments(spec, seed, body)
+    return torch.ops.saccade.backward.default(*grads, q, k, v, _expanded(spec, bias), *rest, *call, needs)
 
 
 def weights(
     spec: Spec, lse: Tensor, tensors: tuple[Tensor | None, ...], seed: Tensor | None, average: bool
 ) -> Tensor:
     """`saccade::weights`."""
-    q, k, _, bias, rel_bias, weight, _, extra_k, _ = _contiguous_terms(tensors)
-    call = call_arguments(spec, seed)
+    q, k, _, bias, rel_bias, weight, _, extra_k, _ = _taken(tensors)
+    call = call_arguments(spec, seed, TILED)[:-1]
     return torch.ops.saccade.weights.default(
         lse, q, k, _expanded(spec, bias), rel_bias, weight, extra_k, *call, average
     )
 
 
-def _contiguous_terms(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """q, k, v and the bias may have any strides; the kernels index the small terms as plain arrays."""
-    if all(x is None for x in tensors[4:]):
-        return tensors
-    return (*tensors[:4], *(None if x is None else x.contiguous() for x in tensors[4:]))
+def _taken(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The nine tensors of these operators. q, k, v and the bias may have any strides; the kernels index the
+    small terms as plain arrays."""
+    if all(x is None for x in tensors[4:9]):
+        return tensors[:9]
+    return (*tensors[:4], *(None if x is None else x.contiguous() for x in tensors[4:9]))
 
 
 def _expanded(spec: Spec, bias: Tensor | None) -> Tensor | None:
-    """The bias at its full size, stride 0 exactly where it is broadcast: the operator sums its gradient
-    there.
-    """
-    if bias is None:
-        return None
-    if any(n > 1 and s == 0 for n, s in zip(bias.shape, bias.stride(), strict=True)):
-        bias = bias.contiguous()
-    return bias.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)
+    return None if bias is None else bias.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)

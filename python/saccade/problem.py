@@ -15,6 +15,7 @@ from .graph import Graph
 from .masks import NO_MASK, Band, Causal, Dims, Mask, MaskArgs, Window
 from .scores import Additive, GATv2
 
+_NO_EDGES = (None, None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = {"softmax": 0, "relu": 1, "sigmoid": 2, "softmax1": 3}
 RELU, SOFTMAX1 = 1, 3
@@ -183,7 +184,7 @@ class Problem:
         """The differentiable tensors the operators take, in their order."""
         return (
             self.q, self.k, self.v, self.bias, self.rel_bias, self.weight, self.sink,
-            self.extra_k, self.extra_v,
+            self.extra_k, self.extra_v, self.edge_bias, *(self.edge_attr or _NO_EDGES),
         )  # fmt: skip
 
     @property

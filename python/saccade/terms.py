@@ -139,6 +139,7 @@ def _edges(edge_bias: Any, edge_attr: Any, problem: Problem) -> dict[str, Any]:
         if tuple(edge_bias.shape) not in ((graph.num_edges,), (spec.heads, graph.num_edges)):
             shapes = f"[{graph.num_edges}] or [{spec.heads}, {graph.num_edges}]"
             raise ValueError(f"edge_bias: expected shape {shapes}, got {list(edge_bias.shape)}")
+        edge_bias = edge_bias.to(accumulator(q.dtype))
         found["edge_bias"] = edge_bias if edge_bias.dim() == 2 else edge_bias[None]
     if edge_attr is not None:
         if not isinstance(edge_attr, tuple | list) or len(edge_attr) != 2:

@@ -92,8 +92,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options
     """Naive PyTorch with every operation in q's own dtype: what the yardstick allows errors against."""
     return_lse = options.get("return_lse", False)
     problem = Problem.of(q, k, v, mask, **options)
-    extras = reference.Extras(problem.edge_bias, problem.edge_attr, problem.position)
-    out, lse, _ = reference.weigh(problem.spec, problem.tensors, extras, wide=q.dtype)
+    out, lse, _ = reference.weigh(problem.spec, problem.tensors, problem.position, wide=q.dtype)
     out = in_order(out, memory_order(problem.q))
     return (out, lse) if return_lse else out
 

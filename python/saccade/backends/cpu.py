@@ -12,6 +12,7 @@ from ..problem import DOT, Problem
 NAME = "cpu"
 _DECODE_ROWS = 8
 _DECODE_KEYS = 256
+_TILE_EDGES = 640  # of 4096 pairs: where gather and tiled crossed (fp32, D 64, forward and backward, AVX-512)
 
 
 def missing() -> list[str]:
@@ -27,18 +28,35 @@ def unsupported(problem: Problem) -> list[str]:
         found.append(f"device {problem.q.device}, not cpu")
     if problem.position is not None:
         found.append(f"position {type(problem.position).__name__} is not in its kernels")
-    graph = spec.args.graph
-    if graph is not None:
-        if problem.edge_bias is not None:
-            found.append("edge_bias needs the gather kernel")
-        if problem.edge_attr is not None:
-            found.append("edge_attr needs the gather kernel")
-        if graph.has_repeats:
-            found.append("a graph with repeated edges needs the gather kernel")
+    if _needs_gather(problem) and _needs_tiles(problem):
+        found.append("edge terms and repeated edges do not go with bias, position or an extra key")
     layout = spec.layout
     if layout.seqused_k is not None and any(t is not None and t.requires_grad for t in problem.tensors):
         found.append("gradients through a key cache")
     return found
+
+
+def _needs_gather(problem: Problem) -> bool:
+    """Terms of single edges, and repeated edges, are beyond the tiles' bits."""
+    graph = problem.spec.args.graph
+    return graph is not None and (graph.has_repeats or problem.has_edge_terms)
+
+
+def _needs_tiles(problem: Problem) -> bool:
+    """What the gather kernel lacks."""
+    spec = problem.spec
+    terms = (problem.bias, problem.rel_bias, problem.extra_k)
+    return spec.args.graph is not None and any(t is not None for t in terms)
+
+
+def is_gather(problem: Problem) -> bool:
+    """Edges one by one, or 64 x 64 tiles with a bit per pair? Measured rule: tiles win where they are full
+    enough.
+    """
+    graph = problem.spec.args.graph
+    if graph is None or _needs_tiles(problem):
+        return False
+    return _needs_gather(problem) or graph.indices.numel() < _TILE_EDGES * graph.num_tiles
 
 
 def is_decode(problem: Problem) -> bool:
@@ -70,11 +88,18 @@ def _known(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
+def body(problem: Problem) -> int:
+    """Which body runs the problem."""
+    if is_gather(problem):
+        return ops.GATHER
+    return ops.DECODE if is_decode(problem) else ops.TILED
+
+
 def kernel(problem: Problem) -> str:
     """The name of the body that would run."""
-    return "decode" if is_decode(problem) else "tiled"
+    return ("tiled", "decode", "gather")[body(problem)]
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem."""
-    return attend(problem, ops.DECODE if is_decode(problem) else ops.TILED)
+    return attend(problem, body(problem))

@@ -36,20 +36,7 @@ def kernel(problem: Problem) -> str:
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem."""
-    extras = Extras(problem.edge_bias, problem.edge_attr, problem.position)
-    return attend(problem.spec, problem.tensors, extras)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Extras:
-    """The differentiable terms that only some backends take."""
-
-    edge_bias: Tensor | None = None
-    edge_attr: tuple[Tensor, Tensor] | None = None
-    position: QueryRelative | None = None
-
-
-NO_EXTRAS = Extras()
+    return attend(problem.spec, problem.tensors, problem.position)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +44,7 @@ class _Row:
     """One dense sequence (or a batch of equal ones) with everything that joins it."""
 
     spec: Spec
+    first: int  # the batch entry this one is, for masks and dropout
     q: Tensor  # [B, H, Sq, D] in the accumulator's dtype, as all that follow
     k: Tensor  # [B, H, Sk, D]
     v: Tensor  # [B, H, Sk, Dv]
@@ -66,15 +54,17 @@ class _Row:
     sink: Tensor | None
     extra_k: Tensor | None
     extra_v: Tensor | None
-    extras: Extras
-    first: int = 0  # the batch entry this one is, for masks and dropout
+    edge_bias: Tensor | None
+    edge_e: Tensor | None
+    edge_w: Tensor | None
+    position: QueryRelative | None
 
 
 def attend(
-    spec: Spec, tensors: tuple[Tensor | None, ...], extras: Extras = NO_EXTRAS
+    spec: Spec, tensors: tuple[Tensor | None, ...], position: QueryRelative | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) from the tensors of `Problem.tensors`; lse is empty where the activation has none."""
-    result = weigh(spec, tensors, extras)
+    result = weigh(spec, tensors, position)
     q = tensors[0]
     assert q is not None
     out = in_order(result[0].to(q.dtype), spec.layout.out_order or memory_order(q))
@@ -84,7 +74,7 @@ def attend(
 def weigh(
     spec: Spec,
     tensors: tuple[Tensor | None, ...],
-    extras: Extras = NO_EXTRAS,
+    position: QueryRelative | None = None,
     wide: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, weights) in `wide`, the accumulator's dtype. weights [B, H, Sq, Sk'] are dense calls' only,
@@ -94,10 +84,11 @@ def weigh(
     wide = wide or accumulator(tensors[0].dtype)
     q, k, v, *terms = (None if x is None else x.to(wide) for x in tensors)
     assert q is not None and k is not None and v is not None
-    joined: tuple[Any, ...] = (*terms, extras)
+    joined: tuple[Any, ...] = (*terms, position)
     if spec.layout.is_dense:
-        return _attend_rows(_Row(spec, q, _per_head(k, 1, spec), _per_head(v, 1, spec), *joined))
-    parts = [_attend_rows(_Row(spec, *qkv, *joined, b)) for b, qkv in enumerate(_sequences(spec, q, k, v))]
+        return _attend_rows(_Row(spec, 0, q, _per_head(k, 1, spec), _per_head(v, 1, spec), *joined))
+    sequences = enumerate(_sequences(spec, q, k, v))
+    parts = [_attend_rows(_Row(spec, b, qb, kb, vb, *joined)) for b, (qb, kb, vb) in sequences]
     return (*_join_sequences(spec, parts, q, v), q.new_empty(0))
 
 
@@ -202,9 +193,8 @@ class _Edges:
         self.parts = tuple(p for p in row.spec.mask.parts if not isinstance(p, Graph))
         self.size = (row.q.shape[0], row.spec.heads, self.i.numel())
         self.features: Tensor | None = None  # [H, E, D]: W e of each edge
-        if row.extras.edge_attr is not None:
-            e, weight = (x.to(row.q.dtype) for x in row.extras.edge_attr)
-            self.features = e[self.ids] @ weight.transpose(-1, -2)
+        if row.edge_e is not None and row.edge_w is not None:
+            self.features = row.edge_e[self.ids] @ row.edge_w.transpose(-1, -2)
 
     def query(self, x: Tensor) -> Tensor:
         return x[:, :, self.i]
@@ -311,7 +301,7 @@ def _shown(x: Tensor, seen: Tensor) -> Tensor:
 
 def _score(row: _Row, pairs: _Pairs, q: Tensor, k: Tensor) -> Tensor:
     if row.spec.score == DOT:
-        position = row.extras.position
+        position = row.position
         return pairs.dot(q if position is None else position.content_query(q), k)
     assert row.weight is not None
     return (pairs.head(row.weight) * _joint(row.spec, pairs.query(q) + pairs.key(k))).sum(-1)
@@ -327,20 +317,20 @@ def _scaled(spec: Spec, score: Tensor) -> Tensor:
 
 
 def _logits(row: _Row, pairs: _Pairs, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    spec, extras = row.spec, row.extras
+    spec, position = row.spec, row.position
     logits = _scaled(spec, _score(row, pairs, q, k))
     if bias is not None:
         logits = logits + bias
     delta = pairs.j - (pairs.i + pairs.sk - pairs.sq)
     if row.rel_bias is not None:
         logits = logits + row.rel_bias[:, delta + spec.seqlen_k - 1]
-    if extras.position is not None:
-        table = extras.position.table().to(q.dtype)
-        products = extras.position.position_query(q) @ table.transpose(-1, -2)
-        logits = logits + spec.scale * products[..., pairs.i, extras.position.index(delta, spec.seqlen_k)]
-    if extras.edge_bias is not None:
+    if position is not None:
+        table = position.table().to(q.dtype)
+        products = position.position_query(q) @ table.transpose(-1, -2)
+        logits = logits + spec.scale * products[..., pairs.i, position.index(delta, spec.seqlen_k)]
+    if row.edge_bias is not None:
         assert isinstance(pairs, _Edges)
-        logits = logits + extras.edge_bias.to(q.dtype)[:, pairs.ids]
+        logits = logits + row.edge_bias[:, pairs.ids]
     return logits
 
 
@@ -349,7 +339,7 @@ def _extra_logits(row: _Row, q: Tensor) -> Tensor | None:
     if row.extra_k is None:
         return None
     if row.spec.score == DOT:
-        position = row.extras.position
+        position = row.position
         content = q if position is None else position.content_query(q)
         return _scaled(row.spec, (content * row.extra_k[:, None]).sum(-1))
     assert row.weight is not None
@@ -404,8 +394,7 @@ def _drop(row: _Row, weights: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 def run_with_weights(problem: Problem, average: bool) -> tuple[Tensor, Tensor]:
     """(out, weights) of a dense problem, in q's dtype."""
-    extras = Extras(problem.edge_bias, problem.edge_attr, problem.position)
-    out, _, weights = weigh(problem.spec, problem.tensors, extras)
+    out, _, weights = weigh(problem.spec, problem.tensors, problem.position)
     weights = weights.mean(1) if average else weights
     order = problem.spec.layout.out_order or memory_order(problem.q)
     return in_order(out.to(problem.q.dtype), order), weights.to(problem.q.dtype)

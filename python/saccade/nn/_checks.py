@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
+
+F: Any = functional  # the checkers are private to torch and not in its stubs
 
 _NEED_MASK = (
     "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
@@ -22,7 +24,8 @@ def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> No
             raise AssertionError(f"only bool and floating types of {name} are supported")
     if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
         warnings.warn(
-            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. "
+            "Use same type for both instead.",
             stacklevel=6,  # the line that calls the module, past nn.Module's two frames
         )
 
@@ -61,7 +64,7 @@ def _check_values(module: Any, key: Tensor, value: Tensor, batched: bool) -> Non
 
 
 def check_sizes(module: Any, sizes: tuple[int, int, int], key: Tensor, masks: Any) -> None:
-    """The batch of the keys and the shapes of the masks. `sizes` is (N, L, S), `key` [N, S, Hk, D] in any order."""
+    """The batch of the keys and the shapes of the masks. `sizes` is (N, L, S); `key` ends in Hk, D."""
     batch, tgt_len, src_len = sizes
     key_padding_mask, attn_mask = masks
     if attn_mask is not None:
@@ -69,7 +72,9 @@ def check_sizes(module: Any, sizes: tuple[int, int, int], key: Tensor, masks: An
         lead = () if dim == 2 else (batch * module.num_heads,)
         if attn_mask.shape != (*lead, tgt_len, src_len):
             expected = (*lead, tgt_len, src_len)
-            raise RuntimeError(f"The shape of the {dim}D attn_mask is {attn_mask.shape}, but should be {expected}.")
+            raise RuntimeError(
+                f"The shape of the {dim}D attn_mask is {attn_mask.shape}, but should be {expected}."
+            )
     if key.numel() != batch * src_len * key.shape[-2] * key.shape[-1]:
         shape = [src_len, batch * key.shape[-2], key.shape[-1]]
         raise RuntimeError(f"shape '{shape}' is invalid for input of size {key.numel()}")

@@ -25,14 +25,25 @@ class Options:
     terms: dict[str, Any]  # activation, score, position of `saccade.attention`, where not the default
 
 
-def attend(qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, options: Options, **masks: Any) -> tuple[Tensor, Tensor | None]:
+def attend(
+    qkv: tuple[Tensor, Tensor, Tensor], layout: Layout, options: Options, **masks: Any
+) -> tuple[Tensor, Tensor | None]:
     """(out [B, H, L, Dv], weights or None) of q [B, H, L, D], k and v [B, Hk, S, D], any strides."""
-    problem = Problem.of(*qkv, layout=layout, dropout_p=options.dropout_p, **options.terms, **masks)
+    q, k, v = qkv
+    problem = Problem.of(q, k, v, layout=layout, dropout_p=options.dropout_p, **options.terms, **masks)
     if options.need_weights:
         return attend_with_weights(problem, options.average)
     return run(problem)[0], None
 
 
-def attend_packed(qkv: tuple[Tensor, Tensor, Tensor], lengths: tuple[Any, ...], options: Options, mask: Any, **extra: Any) -> Tensor:
-    """out [total, H, Dv] of packed q, k, v; `lengths` is cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
-    return attention_varlen(*qkv, *lengths, mask, dropout_p=options.dropout_p, **options.terms, **extra)
+def attend_packed(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    lengths: tuple[Tensor, Tensor, int, int],
+    options: Options,
+    mask: Any,
+    **extra: Any,
+) -> Tensor:
+    """out [total, H, Dv] of packed q, k, v; `lengths` is both cu_seqlens, then both max_seqlen."""
+    given: dict[str, Any] = {**options.terms, **extra, "dropout_p": options.dropout_p}
+    (q, k, v), (cu_q, cu_k, max_q, max_k) = qkv, lengths
+    return attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, mask, **given)

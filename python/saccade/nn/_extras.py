@@ -16,6 +16,7 @@ from ..scores import Additive, GATv2
 from ._held import Held
 
 _EPS = 1e-6  # of the query and key norms
+_DEFAULTS = {"activation": "softmax", "score": "dot"}
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
@@ -30,7 +31,7 @@ def check_heads(num_heads: int, num_kv_heads: int | None, head_dim: int | None) 
 
 
 def resize(module: Any, num_kv_heads: int | None, head_dim: int | None, factory: dict[str, Any]) -> None:
-    """The projections for other numbers of heads: (H + 2 Hk) D rows in q, k, v order, and an output of H D inputs."""
+    """Projections for other numbers of heads: (H + 2 Hk) D rows in q, k, v order; H D inputs of out_proj."""
     heads, heads_k = module.num_heads, num_kv_heads or module.num_heads
     module.num_kv_heads = num_kv_heads
     module.head_dim = head_dim or module.embed_dim // heads
@@ -53,6 +54,27 @@ def resize(module: Any, num_kv_heads: int | None, head_dim: int | None, factory:
     module.out_proj = NonDynamicallyQuantizableLinear(wide, module.embed_dim, bias=with_bias, **factory)
 
 
+def add(module: Any, extras: dict[str, Any], factory: dict[str, Any]) -> bool:
+    """Give `module` the arguments that are not the default; whether there are any."""
+    found = {
+        n: x
+        for n, x in extras.items()
+        if not (x is None or x is False or isinstance(x, str) and x == _DEFAULTS.get(n))
+    }
+    for name, value in found.items():
+        if name == "window":
+            set_window(module, value)
+        elif name == "activation":
+            set_activation(module, value)
+        elif name == "score":
+            set_score(module, value, factory)
+        elif name == "qk_norm":
+            set_norms(module, factory)
+        else:
+            module.position_term = _submodule("position", value, (Position,))
+    return bool(found)
+
+
 def set_window(module: Any, window: Any) -> None:
     """Bounds that are tensors [H] become buffers outside the state_dict."""
     if not isinstance(window, tuple | list) or len(window) != 2:
@@ -73,7 +95,12 @@ def get_window(module: Any) -> Band | None:
     """The band of the module's window."""
     if module.window is None or module._window is not None:
         return module._window
-    return Band(*(module._buffers.get(f"window_{n}", x) for n, x in zip(("left", "right"), module.window, strict=True)))
+    return Band(
+        *(
+            module._buffers.get(f"window_{n}", x)
+            for n, x in zip(("left", "right"), module.window, strict=True)
+        )
+    )
 
 
 def set_activation(module: Any, activation: Any) -> None:
@@ -92,14 +119,10 @@ def set_score(module: Any, score: Any, factory: dict[str, Any]) -> None:
         score = Additive(nn.Parameter(torch.empty(module.num_heads, module.head_dim, **factory)))
         module.score = "additive"
     elif isinstance(score, str):
-        raise ValueError(f'score: expected "dot", "additive", Additive, GATv2 or a callable that gives one, got {score!r}')
+        raise ValueError(f'score: expected "dot", "additive", a score or a callable, got {score!r}')
     else:
         module.score = type(score).__name__
     module.score_term = _submodule("score", score, (Additive, GATv2))
-
-
-def set_position(module: Any, position: Any) -> None:
-    module.position_term = _submodule("position", position, (Position,))
 
 
 def _submodule(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
@@ -107,11 +130,13 @@ def _submodule(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
         return Held(value)
     if isinstance(value, Callable):  # type: ignore[arg-type]
         return value
-    raise TypeError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)} or a callable, got {type(value).__name__}")
+    raise TypeError(
+        f"{name}: expected {' or '.join(k.__name__ for k in kinds)} or a callable, got {type(value).__name__}"
+    )
 
 
 def set_norms(module: Any, factory: dict[str, Any]) -> None:
-    """RMS norms of every head's queries and keys (2302.05442, 2405.09818), each with a weight [D]."""
+    """RMS norms of every head's queries and keys, each with a weight [D] (after 2302.05442)."""
     module.qk_norm = True
     module.q_norm = nn.RMSNorm(module.head_dim, eps=_EPS, **factory)
     module.k_norm = nn.RMSNorm(module.head_dim, eps=_EPS, **factory)

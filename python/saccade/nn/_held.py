@@ -1,4 +1,4 @@
-"""Objects with tensors (positions, scores) as submodules: their tensors move, train and are saved with the module."""
+"""Objects with tensors (positions, scores) as submodules: the tensors move, train and are saved with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Held(nn.Module):
-    """Parameters of `value` become parameters here, its other tensors buffers; `forward()` gives it back with them."""
+    """Parameters of `value` become parameters here, its other tensors buffers; `forward()` gives it back."""
 
     def __init__(self, value: Any) -> None:
         super().__init__()

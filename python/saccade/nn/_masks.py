@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..masks import Causal, KeyPadding, Mask
 
-# The hint of torch's modules stands for F.scaled_dot_product_attention's is_causal: aligned with the first key.
+# The hint of torch's modules is that of F.scaled_dot_product_attention: aligned with the first key.
 _HINT = Causal(align="start")
 
 

@@ -1,4 +1,4 @@
-"""Nested tensors (N, ragged, E) in and out: their rows are one packed sequence, which is how the kernels take them."""
+"""Nested tensors (N, ragged, E) in and out: their rows are one packed sequence, as the kernels take them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,17 @@ def pack(x: Tensor) -> Packed:
     if not x.is_nested:
         raise AssertionError("MultiheadAttention needs query, key and value all nested, or none")
     if x.dim() != 3:
-        raise AssertionError(f"MultiheadAttention expected a nested tensor (N, ragged, E) but got {x.dim()} dimensions")
+        raise AssertionError(
+            f"MultiheadAttention expected a nested tensor (N, ragged, E) but got {x.dim()} dimensions"
+        )
     if x.layout == torch.jagged:
         ragged: Any = x
         if ragged._ragged_idx != 1 or ragged.lengths() is not None:
             ragged = ragged.contiguous()
         if ragged._ragged_idx != 1:
-            raise AssertionError("MultiheadAttention expected the ragged dimension of a nested tensor to be its second")
+            raise AssertionError(
+                "MultiheadAttention expected the ragged dimension of a nested tensor to be its second"
+            )
         return Packed(ragged.values(), ragged.offsets().to(torch.int64), int(ragged._get_max_seqlen()), None)
     rows = x.unbind()
     lengths = [len(r) for r in rows]
@@ -53,12 +57,12 @@ def unpack(values: Tensor, like: Packed) -> Tensor:
 
 
 def padded(x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """The rows `x` [total, ...] as [N, longest, ...] with zeros, and which rows are real ([N, longest] bool)."""
+    """The rows `x` [total, H, D] as [N, longest, H, D] with zeros, and which are real ([N, longest] bool)."""
     steps = torch.arange(packed.longest, device=x.device)
     real = steps < packed.cu_seqlens.diff()[:, None]
     rows = (packed.cu_seqlens[:-1, None] + steps).clamp(max=max(x.shape[0] - 1, 0))
     zero = x.new_zeros(())
-    return torch.where(real[..., *(None,) * (x.dim() - 1)], x[rows], zero), real
+    return torch.where(real[..., None, None], x[rows], zero), real
 
 
 def padding(packed: Packed) -> KeyPadding:

@@ -6,39 +6,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..masks import Band, Mask
 from . import _checks, _extras, _nested
 from ._core import BATCH_FIRST, SEQ_FIRST, Options, attend, attend_packed
 from ._masks import join, resolve_masks
+from ._projections import extra_key, project, project_out
 
 _PLAIN = (Tensor, nn.Parameter)
 Masks = tuple[Tensor | None, Tensor | None]
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention`: same arguments, parameters, state_dict, initial values and results, through
-    `saccade.attention`. Nothing of size L x S is kept unless `need_weights` (torch's default, True) asks for it.
+    """`torch.nn.MultiheadAttention` through `saccade.attention`: torch's arguments, parameters, state_dict,
+    initial values and results. Nothing of size L x S is kept unless `need_weights` (True by default) asks.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: torch's.
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first: torch's.
+        device, dtype: torch's.
         window: (left, right), each an int, None or an [H] tensor: `saccade.Window`.
         num_kv_heads: fewer key and value heads; head h reads h // (num_heads // num_kv_heads).
         head_dim: of each head, where it is not embed_dim // num_heads.
-        score: "dot"; "additive", w . tanh(q + k) with its own w [H, D]; an Additive or GATv2; a callable giving one.
+        score: "dot"; "additive", w . tanh(q + k) with its own w [H, D]; an Additive or GATv2, or a callable
+            that gives one.
         activation: "softmax", "relu", "sigmoid" or "softmax1".
         qk_norm: an RMS norm with a weight [D] on every head's queries and keys.
-        position: a `saccade.position` object, or a callable (L, S) -> one. A module's parameters become this module's.
-        compat: "safe", or "torch" for what torch does where it contradicts itself. In the safe form a row without keys
-            gives zeros (out_proj.bias after the projection); attn_mask and is_causal both hold; the columns of
-            add_bias_kv and add_zero_attn are always visible.
+        position: a `saccade.position` object, or a callable (L, S) -> one. A module's parameters join ours.
+        compat: "safe", or "torch" for what torch does where it contradicts itself. In the safe form a row
+            without keys gives zeros (out_proj.bias after the projection), attn_mask and is_causal both hold,
+            and the columns of add_bias_kv and add_zero_attn are always visible.
 
-    Without the arguments from `window` on, the state_dict is torch's. With them: in_proj_weight [(H + 2 Hk) D, E] (or
-    q_proj_weight [H D, E], k_proj_weight [Hk D, kdim], v_proj_weight [Hk D, vdim]), in_proj_bias [(H + 2 Hk) D], bias_k
-    and bias_v [1, 1, Hk D], out_proj.weight [E, H D], score_term.weight [H, D], q_norm.weight and k_norm.weight [D],
-    position_term.*. `_qkv_same_embed_dim` is then False: nobody may compute with these weights but this class.
+    Without the arguments from `window` on, the state_dict is torch's. With them: in_proj_weight
+    [(H + 2 Hk) D, E] (or q_proj_weight [H D, E], k_proj_weight [Hk D, kdim], v_proj_weight [Hk D, vdim]),
+    in_proj_bias [(H + 2 Hk) D], bias_k and bias_v [1, 1, Hk D], out_proj.weight [E, H D], score_term.weight
+    [H, D], q_norm.weight and k_norm.weight [D], position_term.*; and `_qkv_same_embed_dim` is False, which
+    keeps torch's encoder layer from computing full attention with these weights past this forward.
 
     Raises torch's errors for torch's arguments, ValueError and TypeError naming the argument for the others.
     """
@@ -89,29 +92,23 @@ class MultiheadAttention(nn.MultiheadAttention):
             _extras.resize(self, num_kv_heads, head_dim, factory)
         else:
             super().__init__(embed_dim, num_heads, *base)
-        if window is not None:
-            _extras.set_window(self, window)
-        if activation != "softmax":
-            _extras.set_activation(self, activation)
-        if score != "dot":
-            _extras.set_score(self, score, factory)
-        if qk_norm:
-            _extras.set_norms(self, factory)
-        if position is not None:
-            _extras.set_position(self, position)
-        if resized or window is not None or activation != "softmax" or score != "dot" or qk_norm or position is not None:
-            self._set_extras(compat)
+        extras = {
+            "window": window,
+            "activation": activation,
+            "score": score,
+            "qk_norm": qk_norm,
+            "position": position,
+        }
+        changed = _extras.add(self, extras, factory)
+        if resized or changed:
+            if compat == "torch":
+                raise ValueError('compat: "torch" knows none of the arguments from window to position')
+            self._has_extras = True
+            self._qkv_same_embed_dim = False
         if compat != "safe":
             self.compat = compat
-        if resized or score == "additive":
+        if resized or self.score == "additive":
             self._reset_parameters()
-
-    def _set_extras(self, compat: str) -> None:
-        if compat == "torch":
-            raise ValueError('compat: "torch" knows none of the arguments from window to position')
-        self._has_extras = True
-        # torch's encoder layer computes with the weights of a module that says True here, past its forward.
-        self._qkv_same_embed_dim = False
 
     def _reset_parameters(self) -> None:
         if not self._has_extras:
@@ -128,14 +125,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             nn.init.xavier_normal_(self.bias_k)
             nn.init.xavier_normal_(self.bias_v)
         if self.score == "additive":
-            nn.init.xavier_uniform_(self.score_term.weight)
+            nn.init.xavier_uniform_(self.get_parameter("score_term.weight"))
 
     def __prepare_scriptable__(self) -> Any:
         raise NotImplementedError(
-            "saccade.nn.MultiheadAttention: torch.jit.script cannot compile it; use torch.compile or torch.export"
+            "saccade.nn.MultiheadAttention: not for torch.jit.script; use torch.compile or torch.export"
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -150,10 +147,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """torch's forward. `mask`: a saccade.Mask that must hold too; it sees L queries and S keys.
 
-        Shapes: query (L, N, E), or (N, L, E) with batch_first, or (L, E); key and value alike with S, kdim and vdim; or
-        nested tensors (N, ragged, E). key_padding_mask (N, S) or (S,); attn_mask (L, S) or (N * H, L, S). True hides.
-        Returns the output, like query, and with `need_weights` the weights after dropout: (N, L, S'), or (N, H, L, S')
-        unless averaged. S' is S, then one column for add_bias_kv, then one for add_zero_attn.
+        Shapes: query (L, N, E), or (N, L, E) with batch_first, or (L, E); key and value alike with S, kdim
+        and vdim; or nested tensors (N, ragged, E). key_padding_mask (N, S) or (S,); attn_mask (L, S) or
+        (N * H, L, S). True hides, a float is added.
+        Returns the output, like query, and with `need_weights` the weights after dropout: (N, L, S'), or
+        (N, H, L, S') unless averaged. S' is S, then a column for add_bias_kv, then one for add_zero_attn.
         """
         if self._is_torchs(query, key, value, (key_padding_mask, attn_mask), mask):
             return super().forward(
@@ -178,33 +176,48 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.compat == "torch" and (query.is_nested or masks[0] is not None or masks[1] is not None):
             return True
         inputs = (query, key, value)
-        if all(type(x) in _PLAIN for x in inputs) or any(x.is_nested for x in inputs):
+        if type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN:
+            return False
+        if any(x.is_nested for x in inputs):
             return False
         # Subclasses that redefine torch's functions, or its operators (DTensor), know torch's, not ours.
         return any(_redefines_torch(x) or is_traceable_wrapper_subclass(x) for x in inputs)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, masks: Masks, flags: Any, is_causal: bool, mask: Any, first: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        masks: Masks,
+        flags: tuple[bool, bool],
+        is_causal: bool,
+        mask: Any,
+        first: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """On [N, S, E] (`first`) or [S, N, E]."""
         at = 1 if first else 0  # the dimension of the sequence
         batch, tgt_len, src_len = query.shape[1 - at], query.shape[at], key.shape[at]
-        qkv = self._project(query, key, value)  # [N, S, H, D] or [S, N, H, D]
+        qkv = project(self, query, key, value)  # [N, S, H, D] or [S, N, H, D]
         _checks.check_sizes(self, (batch, tgt_len, src_len), qkv[1], masks)
         own, bias = resolve_masks(masks, is_causal, (batch, self.num_heads), qkv[0].dtype)
         options = self._options(flags, tgt_len, src_len)
         q, k, v = (x.transpose(1, 2) if first else x.permute(1, 2, 0, 3) for x in qkv)
         out, weights = attend(
             (q, k, v), BATCH_FIRST if first else SEQ_FIRST, options,
-            mask=join(own, _extras.get_window(self), mask), bias=bias, **self._extra_key(),
+            mask=join(own, _extras.get_window(self), mask), bias=bias, **extra_key(self),
         )  # fmt: skip
         rows = out.transpose(1, 2) if first else out.permute(2, 0, 1, 3)
         if weights is not None and self.activation == "softmax1":
             weights = weights[..., :-1]  # its zero column belongs to add_zero_attn alone
-        return self._project_out(rows), weights
+        return project_out(self, rows), weights
 
     def _forward_nested(
-        self, inputs: tuple[Tensor, Tensor, Tensor], masks: Masks, flags: Any, is_causal: bool, mask: Mask | None
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        masks: Masks,
+        flags: tuple[bool, bool],
+        is_causal: bool,
+        mask: Mask | None,
     ) -> tuple[Tensor, Tensor | None]:
         if masks[0] is not None or masks[1] is not None:
             raise AssertionError(
@@ -215,60 +228,36 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise RuntimeError(_checks._NEED_MASK)
         query, key, value = _for_each(*inputs, _nested.pack)
         if key.batch != query.batch or key.cu_seqlens.shape != value.cu_seqlens.shape:
-            raise AssertionError(f"nested query, key and value: expected one batch, got {[x.batch for x in (query, key, value)]}")
-        qkv = self._project(query.values, key.values, value.values)  # [total, H, D]
+            raise AssertionError(
+                f"nested query, key, value: expected one batch, got {query.batch}, {key.batch}, {value.batch}"
+            )
+        qkv = project(self, query.values, key.values, value.values)  # [total, H, D]
         mask = join(_extras.get_window(self), mask)
         options = self._options(flags, query.longest, key.longest)
         if not options.need_weights:
             lengths = (query.cu_seqlens, key.cu_seqlens, query.longest, key.longest)
-            out = attend_packed(qkv, lengths, options, mask, **self._extra_key())
-            return _nested.unpack(self._project_out(out), query), None
+            out = attend_packed(qkv, lengths, options, mask, **extra_key(self))
+            return _nested.unpack(project_out(self, out), query), None
         if mask is not None:
-            raise NotImplementedError("need_weights with nested tensors and a mask or window: pad the inputs instead")
+            raise NotImplementedError(
+                "need_weights with nested tensors and a mask or window: pad the inputs instead"
+            )
         q, real = _nested.padded(qkv[0], query)
         k, v = (_nested.padded(x, key)[0] for x in qkv[1:])
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, weights = attend((q, k, v), BATCH_FIRST, options, mask=_nested.padding(key), **self._extra_key())
-        return _nested.unpack(self._project_out(out.transpose(1, 2)[real]), query), weights
+        out, weights = attend((q, k, v), BATCH_FIRST, options, mask=_nested.padding(key), **extra_key(self))
+        return _nested.unpack(project_out(self, out.transpose(1, 2)[real]), query), weights
 
-    def _options(self, flags: Any, seqlen_q: int, seqlen_k: int) -> Options:
-        return Options(*flags, self.dropout if self.training else 0.0, _extras.terms(self, seqlen_q, seqlen_k))
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [..., H, D], k and v [..., Hk, D]: views of one product where the three inputs are one."""
-        heads, heads_k = self.num_heads, self.num_kv_heads or self.num_heads
-        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, self.head_dim
-        if weight is not None and query is key and key is value:
-            joint = F.linear(query, weight, bias)
-            q, k, v = joint.view(*joint.shape[:-1], heads + 2 * heads_k, dim).split([heads, heads_k, heads_k], -2)
-        elif weight is not None and key is value:
-            first = heads * dim
-            q = F.linear(query, weight[:first], None if bias is None else bias[:first]).unflatten(-1, (heads, dim))
-            joint = F.linear(key, weight[first:], None if bias is None else bias[first:])
-            k, v = joint.view(*joint.shape[:-1], 2 * heads_k, dim).split(heads_k, -2)
-        else:
-            sizes = [heads * dim, heads_k * dim, heads_k * dim]
-            weights = weight.split(sizes) if weight is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None, None, None) if bias is None else bias.split(sizes)
-            parts = zip((query, key, value), weights, biases, strict=True)
-            q, k, v = (F.linear(*part).unflatten(-1, (-1, dim)) for part in parts)
-        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
-
-    def _project_out(self, out: Tensor) -> Tensor:
-        # By attribute, as torch does: what stands in place of out_proj may hold other weights at every call.
-        return F.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
-
-    def _extra_key(self) -> dict[str, Tensor]:
-        """bias_k and bias_v as one more key of every head."""
-        bias_k, bias_v = self.bias_k, self.bias_v
-        if bias_k is None or bias_v is None:
-            return {}
-        group = self.num_heads // (self.num_kv_heads or self.num_heads)
-        found = (x.view(-1, self.head_dim).repeat_interleave(group, 0) if group > 1 else x.view(-1, self.head_dim) for x in (bias_k, bias_v))
-        return dict(zip(("extra_k", "extra_v"), found, strict=True))
+    def _options(self, flags: tuple[bool, bool], seqlen_q: int, seqlen_k: int) -> Options:
+        return Options(
+            *flags, self.dropout if self.training else 0.0, _extras.terms(self, seqlen_q, seqlen_k)
+        )
 
     def extra_repr(self) -> str:
-        found = {n: getattr(self, n) for n in ("window", "num_kv_heads", "score", "activation", "qk_norm", "compat")}
+        found = {
+            n: getattr(self, n)
+            for n in ("window", "num_kv_heads", "score", "activation", "qk_norm", "compat")
+        }
         shown = [f"{n}={x}" for n, x in found.items() if x != getattr(MultiheadAttention, n)]
         if self._has_extras and self.num_heads * self.head_dim != self.embed_dim:
             shown.append(f"head_dim={self.head_dim}")

@@ -1,0 +1,119 @@
+"""`python -m saccade doctor`: what is installed, what runs here, and whether it computes the right thing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from . import ops, reference
+from .backends import available, reasons
+from .functional import attention
+from .masks import Causal
+from .problem import Problem
+from .testing import Shape, check_attention, make_inputs
+
+_OPTIONAL = ("triton", "torch-geometric", "rich", "matplotlib", "pytest-benchmark")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NOT_BUILT = "operator library not built; reinstall with: pip install -v --no-build-isolation ."
+
+
+def doctor() -> int:
+    """Print everything; returns 0 when the machine's fast backend is there and every check passed, else 1."""
+    healthy = True
+    for title, section in (
+        ("versions", _versions()),
+        ("devices", _devices()),
+        ("compiled", _compiled()),
+        ("backends", _backends()),
+        ("self-check: forward and backward beside fp64", _checks()),
+    ):
+        print(title)
+        for name, text, fine in section:
+            print(f"  {name:<22} {text}")
+            healthy &= fine
+    print("everything works" if healthy else "something is missing or wrong: see the lines marked with !")
+    return 0 if healthy else 1
+
+
+Lines = Iterator[tuple[str, str, bool]]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed (optional)"
+
+
+def _versions() -> Lines:
+    yield "saccade", f"{_version('saccade')} in {Path(__file__).parent}", True
+    yield "python", f"{platform.python_version()} ({sys.executable})", True
+    yield "torch", torch.__version__, True
+    for package in _OPTIONAL:
+        yield package, _version(package), True
+
+
+def _devices() -> Lines:
+    threads, count = torch.get_num_threads(), os.cpu_count()
+    yield "cpu", f"{platform.machine()}, {count} logical processors, torch uses {threads} threads", True
+    if not torch.cuda.is_available():
+        yield "cuda", "none that torch sees", True
+        return
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        yield f"cuda:{index}", f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB", True
+
+
+def _compiled() -> Lines:
+    if not ops.LOADED:
+        yield "! operators", f"{NOT_BUILT} ({ops.WHY_NOT})", False
+    else:
+        current, *supported = torch.ops.saccade.cpu_isa("").split()
+        usable = [name for name in supported if not name.startswith("emulated")]
+        yield "operators", ops.PATH, True
+        yield "instruction set", f"{current} in use; this processor can run {', '.join(usable)}", True
+        if forced := os.environ.get("SACCADE_CPU_ISA"):
+            fine = forced == current
+            yield ("" if fine else "! ") + "SACCADE_CPU_ISA", f"{forced}{'' if fine else ', which cannot run here'}", fine
+    try:
+        facts = import_module("saccade._C")
+    except ImportError as error:
+        yield "build facts", f"saccade._C is missing ({error}); only this page needs it", True
+        return
+    yield "compiler", f"{facts.compiler}, for torch {'.'.join(map(str, facts.torch_target))} and later", True
+    yield "compiled sets", ", ".join(facts.instruction_sets), True
+    yield "processor features", ", ".join(facts.cpu_features()) or "none asked for", True
+    yield "CUDA kernels", "compiled in" if facts.with_cuda else "not compiled (no nvcc at build time)", True
+
+
+def _backends() -> Lines:
+    q = torch.zeros(1, 1, 2, 8)
+    for name, why in reasons(Problem.of(q, q, q)).items():
+        yield name, "ready" if name in available() else "; ".join(why), True
+
+
+def _checks() -> Lines:
+    names = [name for name in available() if name != "reference"]
+    if not names:
+        yield "! none", "only the reference backend is here: correct, slow, and it keeps every weight in memory", False
+    for name in names:
+        device = "cuda" if name in ("cuda", "triton") else "cpu"
+        for dtype in _DTYPES:
+            try:
+                inputs = make_inputs(Shape(seqlen_q=67, seqlen_k=131, heads_k=2, head_dim=40, head_dim_v=24), dtype, device=device)
+                check_attention(inputs, Causal(), name)
+                verdict, fine = "ok", True
+            except (AssertionError, RuntimeError, NotImplementedError) as error:
+                verdict, fine = f"{type(error).__name__}: {error}", False
+            yield f"{'' if fine else '! '}{name} {str(dtype).removeprefix('torch.')}", verdict, fine
+    q = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    same = torch.allclose(attention(q, q, q), reference.attention(q, q, q), atol=1e-5)
+    yield f"{'' if same else '! '}default call", "agrees with the reference" if same else "differs from the reference", same

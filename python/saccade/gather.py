@@ -1,0 +1,102 @@
+"""The gather operators: graph attention edge by edge.
+
+Edge features need no kernel of their own: q . (k + W e) = q . k + (q W) . e, and sum p (v + W e) = sum p v +
+W sum p e. So the operator takes q W [B, H, Sq, De] beside q and returns sum p e [B, H, Sq, De] beside the
+output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import in_order, memory_order
+from .ops import GATHER, call_arguments
+from .problem import Spec, accumulator
+
+# Place among the tensors of a problem -> bit among the operator's gradients, in the order in which it returns
+# them.
+_BITS = {0: 1, 1: 2, 2: 4, 5: 32, 9: 256}
+_NEED_EDGE_Q, _NEED_EDGE_X = 512, 1024
+_EDGE_E, _EDGE_W = 10, 11
+
+
+def forward(
+    spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, sum p e) of the tensors of a problem; the last is empty without edge features."""
+    q, w = tensors[0], tensors[_EDGE_W]
+    assert q is not None
+    order = spec.layout.out_order or memory_order(q)
+    out, lse, mixed = torch.ops.saccade.gather_forward.default(*_arguments(spec, tensors, seed), order)
+    if w is not None:
+        wide = accumulator(q.dtype)
+        out = in_order((out.to(wide) + _lifted(mixed, w)).to(q.dtype), order)
+    return out, lse, mixed
+
+
+def backward(
+    spec: Spec,
+    grads: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
+    seed: Tensor | None,
+    wanted: tuple[int, ...],
+) -> dict[int, Tensor]:
+    """The gradients wanted, by place; `grads` is dout, dlse, out, lse, sum p e."""
+    dout, dlse, out, lse, mixed = grads
+    q, e, w = tensors[0], tensors[_EDGE_E], tensors[_EDGE_W]
+    assert q is not None and dout is not None and mixed is not None and spec.args.graph is not None
+    needs = sum(_BITS.get(n, 0) for n in wanted)
+    dout_edge = None
+    if w is not None:
+        dout_edge = _projected(dout, w)
+        needs |= _NEED_EDGE_Q * (0 in wanted or _EDGE_W in wanted) | _NEED_EDGE_X * (_EDGE_E in wanted)
+    # `out` has the edges' share already: its row sums with dout are whole, and the share alone counts as
+    # zero.
+    share = torch.zeros_like(mixed)
+    dq, dk, dv, dweight, dedge_bias, dedge_q, dedge_x = torch.ops.saccade.gather_backward.default(
+        dout,
+        dlse,
+        dout_edge,
+        out,
+        lse,
+        share,
+        *_arguments(spec, tensors, seed),
+        *spec.args.graph.columns(),
+        needs,
+    )
+    found = {0: dq, 1: dk, 2: dv, 5: dweight, 9: dedge_bias}
+    if w is not None and e is not None:
+        wide = accumulator(q.dtype)
+        found[_EDGE_E] = dedge_x
+        if 0 in wanted:
+            found[0] = dq.to(wide) + _lifted(dedge_q, w)
+        if _EDGE_W in wanted:
+            found[_EDGE_W] = torch.einsum("bhid,bhie->hde", q.to(wide), dedge_q.to(wide)) + torch.einsum(
+                "bhid,bhie->hde", dout.to(wide), mixed.to(wide)
+            )
+    return found
+
+
+def _projected(x: Tensor, w: Tensor) -> Tensor:
+    wide = accumulator(x.dtype)
+    return (x.to(wide) @ w.to(wide)).to(x.dtype)
+
+
+def _lifted(x: Tensor, w: Tensor) -> Tensor:
+    wide = accumulator(x.dtype)
+    return x.to(wide) @ w.to(wide).transpose(-1, -2)
+
+
+def _arguments(spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, e, w = (
+        x if x is None or n < 3 else x.contiguous() for n, x in enumerate(tensors)
+    )
+    graph = spec.args.graph
+    assert graph is not None and q is not None
+    edge_q = None if w is None else _projected(q, w)
+    call = call_arguments(spec, seed, GATHER)
+    edges = (graph.indptr, graph.indices, graph.edge_ids, edge_bias, edge_q, e, graph.num_edges)
+    return (q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, *call, *edges)

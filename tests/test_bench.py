@@ -1,0 +1,206 @@
+"""The benchmarks: what they count, what they refuse to print, what they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import saccade
+from saccade.benchmarks import cases, cli, memory, peers, suites
+from saccade.benchmarks.attention import AttentionWork
+from saccade.benchmarks.cases import FORWARD, TRAIN, Case, Group, ModuleCase, square
+from saccade.benchmarks.check import Oracle, of_inputs
+from saccade.benchmarks.measure import Budget, Clock, interleaved, summary
+from saccade.benchmarks.modules import ModuleWork
+from saccade.benchmarks.peers import SEED, Inputs
+from saccade.benchmarks.runner import Plan, add_ratios, summarise
+
+SMALL = Case("small", batch=2, heads=4, heads_k=2, seqlen_q=29, seqlen_k=37, head_dim=8, head_dim_v=12)
+VARIANTS = [
+    SMALL,
+    replace(SMALL, causal=True),
+    replace(SMALL, seqlen_q=37, seqlen_k=29, causal=True),
+    replace(SMALL, window=(5, 3)),
+    replace(SMALL, window=(9, 0), causal=True, lengths=(37, 11)),
+    replace(SMALL, window=(2, 50), causal=True, seqlen_q=50),
+    replace(SMALL, lengths=(0, 20)),
+    replace(SMALL, batch=1, bias=True),
+    replace(SMALL, dropout_p=0.25, causal=True),
+]
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_pairs_and_flops(case: Case) -> None:
+    mask = case.mask()
+    full = torch.ones(case.batch, case.seqlen_q, case.seqlen_k, dtype=torch.bool)
+    dense = full if mask is None else full & mask.materialize(case.seqlen_q, case.seqlen_k)
+    assert case.pairs() == int(dense.sum()) * case.heads
+    d, dv = case.head_dim, case.head_dim_v
+    assert case.flops(FORWARD) == 2 * case.pairs() * (d + dv)
+    assert case.flops(TRAIN) - case.flops(FORWARD) == 2 * case.pairs() * (3 * d + 2 * dv)
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_the_check_computes_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saccade.benchmarks.check._BLOCK_ENTRIES", 7 * case.seqlen_k)  # several blocks of rows
+    inputs = Inputs.of(case, "cpu")
+    b, hk, group = case.batch - 1, 1, 2
+    wide = [x.detach().double().requires_grad_() for x in inputs.leaves()]
+    q, k, v, *bias = wide
+    options = {"dropout_p": case.dropout_p, "seed": SEED} if case.dropout_p else {}
+    out = saccade.reference.attention(q, k, v, inputs.mask, bias=bias[0] if bias else None, **options)
+    dq, dk, dv, *dbias = torch.autograd.grad(out, wide, inputs.dout.double())
+    heads = slice(hk * group, hk * group + group)
+    expected = [out[b, heads].detach(), dq[b, heads], dk[b, hk], dv[b, hk], *(x[0, heads] for x in dbias)]
+    for mine, theirs in zip(of_inputs(inputs, (b, hk), torch.float64, True), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("result", range(5))
+def test_a_wrong_result_is_noticed(result: int) -> None:
+    inputs = Inputs.of(replace(SMALL, batch=1, bias=True), "cpu")
+    call = peers.ours(inputs, TRAIN)
+    assert callable(call)
+    oracle, got = Oracle(inputs), call()
+    assert oracle.fault(got) == ""
+    got[result] = got[result] * 1.001
+    assert oracle.fault(got)
+    got[result] = torch.full_like(got[result], float("nan"))
+    assert oracle.fault(got)
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+@pytest.mark.parametrize("direction", [FORWARD, TRAIN])
+def test_providers_are_right_or_say_why_not(case: Case, direction: str) -> None:
+    work = AttentionWork(case, "cpu", frozenset({"flex"}))
+    offers = work.offers(direction)
+    assert callable(offers["saccade"])
+    for name, offer in offers.items():
+        assert (isinstance(offer, str) and offer) or work.fault(name, direction, offer) == ""
+    if case.window or case.bias or case.lengths:
+        assert isinstance(offers["sdpa"], str) and callable(offers["sdpa-mask"])
+
+
+def test_flex_is_asked_only_where_it_can() -> None:
+    inputs = Inputs.of(SMALL, "cpu")
+    assert "not asked" in str(peers.flex(inputs, FORWARD))
+    assert "backward" in str(peers.flex(replace(inputs, case=replace(SMALL, flex=True)), TRAIN))
+
+
+@pytest.mark.parametrize("flags", [{}, {"causal": True}, {"padding": True}, {"need_weights": True}])
+@pytest.mark.parametrize("training", [True, False])
+def test_modules(flags: dict[str, bool], training: bool) -> None:
+    case = ModuleCase("tiny", 13, 2, embed_dim=32, num_heads=4, training=training, **flags)
+    before = torch.random.get_rng_state()
+    work = ModuleWork(case, "cpu")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert isinstance(work._saccade, saccade.nn.MultiheadAttention)
+    (direction,) = work.directions
+    for name, offer in work.offers(direction).items():
+        assert callable(offer) and work.fault(name, direction, offer) == ""
+    offer = work.offers(direction)["saccade"]
+    assert callable(offer)
+    assert work.fault("saccade", direction, lambda: [1.01 * x for x in offer()])
+
+
+def test_timing_is_interleaved_and_robust() -> None:
+    order: list[str] = []
+
+    class Fake(Clock):
+        def seconds(self, call, repeats=1):  # type: ignore[no-untyped-def]
+            call()
+            return 1.0
+
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    timings = interleaved(calls, Fake("cpu"), Budget(0.0, 3, 3))
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]  # one call each to warm, then rounds
+    assert timings["a"].runs == 3
+    values = [1.0, 1.1, 1.2, 9.0, 1.05]
+    assert summary(values).median == statistics.median(values)
+    assert summary([2.0]).low == summary([2.0]).high == 2.0
+
+
+def test_ratios_and_means() -> None:
+    group = Group("g", (), "sdpa", {FORWARD: 1.5}, 1.0)
+    base = {"group": "g", "direction": FORWARD, "dtype": "fp32"}
+    speeds = {("x", "saccade"): 4.0, ("x", "sdpa"): 2.0, ("y", "saccade"): 4.0, ("y", "sdpa"): 8.0, ("z", "saccade"): 1.0}
+    rows = [base | {"case": case, "provider": name, "gflops": rate} for (case, name), rate in speeds.items()]
+    rows.append(base | {"case": "z", "provider": "sdpa", "error": "wrong"})
+
+    class Peak:
+        def rate(self, dtype: torch.dtype) -> float:
+            return 16e9
+
+    add_ratios(rows, [group], Peak(), cases.DTYPES)  # type: ignore[arg-type]
+    assert rows[0]["peak_fraction"] == 0.25
+    (line,) = summarise(rows, [group])
+    assert line["cases"] == 2 and line["mean"] == pytest.approx(1.0) and line["least"] == 0.5
+    assert (line["least_case"], line["goal"], line["floor"]) == ("y", 1.5, 1.0)
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, dict, list[dict[str, str]]]:
+    status = cli.main([*arguments, "--quick", "--no-flex", "--out", str(folder)])
+    (as_json,), (as_csv,) = folder.glob("*.json"), folder.glob("*.csv")
+    with as_csv.open() as file:
+        return status, json.loads(as_json.read_text()), list(csv.DictReader(file))
+
+
+def test_a_run_leaves_rows_machine_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, content, rows = run(tmp_path, "--only", "molecules")
+    assert status == 0
+    timed = {(r["provider"], r["direction"]) for r in content["rows"] if "ms" in r}
+    assert timed == {(name, d) for name in ("saccade", "sdpa") for d in (FORWARD, TRAIN)}
+    for row in content["rows"]:
+        if "ms" in row:
+            assert row["ms_low"] <= row["ms"] <= row["ms_high"] and row["gflops"] > 0
+    assert content["machine"]["torch"] == torch.__version__ and content["machine"]["gemm_gflops"]["float32"] > 0
+    assert len(rows) == len(content["rows"]) and rows[0]["cpu"] == content["machine"]["cpu"]
+    printed = capsys.readouterr().out
+    assert "molecules-23" in printed and "geometric mean" in printed
+    pytest.importorskip("matplotlib")
+    assert next(tmp_path.glob("*.png")).stat().st_size > 1000
+
+
+def test_no_number_without_a_right_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(inputs: Inputs, direction: str) -> peers.Call | str:
+        right = peers.ours(inputs, direction)
+        assert callable(right)
+        return lambda: [1.01 * x for x in right()]
+
+    monkeypatch.setitem(peers.PROVIDERS, "saccade", peers.Provider(wrong))
+    status, content, _ = run(tmp_path, "--only", "molecules")
+    assert status == 1
+    mine = [r for r in content["rows"] if r["provider"] == "saccade"]
+    assert mine and all(r["error"] and "ms" not in r for r in mine)
+    assert "WRONG" in capsys.readouterr().out and content["summary"] == []
+
+
+def test_memory_is_measured_in_a_child() -> None:
+    case = square("w", 4096, heads=2, heads_k=2, window=(16, 16))
+    row = memory.measure(case, TRAIN, "saccade", 1, "cpu")
+    assert not row.get("error"), row
+    assert row["inputs_mib"] == pytest.approx(2 * 4 * 2 * 4096 * 64 * 4 / 2**20)
+    assert row["inputs_mib"] / 4 < row["peak_mib"] < 40 * row["inputs_mib"]  # far below the 4096^2 weights' 128 MiB
+    assert memory.measure(case, TRAIN, "sdpa", 1, "cpu")["absent"]
+    assert "KeyError" in memory.measure(case, TRAIN, "nobody", 1, "cpu")["error"]
+
+
+def test_every_suite_names_its_cases_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, suite in suites.SUITES.items():
+        plan = Plan(name, "cpu", suite.budget)
+        found = [(group.name, case.name) for _, group, wanted in plan.selected(suite) for case in wanted]
+        assert found and len(found) == len(set(found))
+        assert cli.main(["--suite", name, "--list"]) == 0
+    assert "fp32-causal-d64-n128" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no case"):
+        cli.main(["--only", "nothing like it"])
+    with pytest.raises(ValueError, match="registered already"):
+        suites.register("cpu", suites.SUITES["cpu"])

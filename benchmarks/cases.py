@@ -1,11 +1,10 @@
-"""What is measured: cases of attention with the sizes of real models, and sweeps over length, dtype and mask."""
+"""What is measured: attention with the sizes of real models, and sweeps over length, dtype and mask."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
 import torch
-
 from saccade.masks import Causal, KeyPadding, Mask, Window
 
 FORWARD, TRAIN = "forward", "forward+backward"
@@ -64,7 +63,7 @@ class Case:
         return shift - left, shift + (min(right, 0) if self.causal else right)
 
     def flops(self, direction: str) -> int:
-        """Useful floating-point operations: QK' and PV forward, five products more backward; kept pairs only."""
+        """Useful floating-point operations over kept pairs: QK' and PV, and five products more backward."""
         d, dv = self.head_dim, self.head_dim_v
         return 2 * self.pairs() * (d + dv + (3 * d + 2 * dv if direction == TRAIN else 0))
 
@@ -75,18 +74,27 @@ class Case:
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured."""
         return {
-            "case": self.name, "dtype": self.dtype, "batch": self.batch, "heads": self.heads, "heads_k": self.heads_k,
-            "seqlen_q": self.seqlen_q, "seqlen_k": self.seqlen_k, "head_dim": self.head_dim,
-            "head_dim_v": self.head_dim_v, "mask": repr(self.mask()) if self.mask() else "", "bias": self.bias,
+            "case": self.name,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "heads": self.heads,
+            "heads_k": self.heads_k,
+            "seqlen_q": self.seqlen_q,
+            "seqlen_k": self.seqlen_k,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+            "mask": repr(self.mask()) if self.mask() else "",
+            "bias": self.bias,
             "dropout_p": self.dropout_p,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
 class Group:
     """Cases that are summarised by one geometric mean of speed against `peer`, per direction.
 
-    `goal` is the mean the project wants, per direction, and `floor` the least for any single case.
+    `goal` is the mean the project wants, per direction, and `floor` the least for any single case. `others` are
+    further peers with goals of their own.
     """
 
     name: str
@@ -94,6 +102,7 @@ class Group:
     peer: str = "sdpa"
     goal: dict[str, float] = field(default_factory=dict)
     floor: float | None = None
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def square(name: str, length: int, **options: object) -> Case:
@@ -111,17 +120,34 @@ def models() -> list[Group]:
     wav2vec = square("wav2vec2-30s", 1499, heads=12, heads_k=12)
     whisper = square("whisper-small-encoder", 1500, heads=12, heads_k=12)
     llm = Case(
-        "llama-8b-prefill", heads=32, heads_k=8, seqlen_q=512, seqlen_k=512, head_dim=128, head_dim_v=128, causal=True
+        "llama-8b-prefill",
+        heads=32,
+        heads_k=8,
+        seqlen_q=512,
+        seqlen_k=512,
+        head_dim=128,
+        head_dim_v=128,
+        causal=True,
     )
     decode = Case(
-        "llama-8b-decode", heads=32, heads_k=8, seqlen_q=1, seqlen_k=4096, head_dim=128, head_dim_v=128,
+        "llama-8b-decode",
+        heads=32,
+        heads_k=8,
+        seqlen_q=1,
+        seqlen_k=4096,
+        head_dim=128,
+        head_dim_v=128,
         directions=(FORWARD,),
-    )  # fmt: skip
+    )
     molecules = square("molecules-23", 23, batch=64, heads=4, heads_k=4, head_dim=16, head_dim_v=16)
     speech = square("speech-window", 3000, heads=4, heads_k=4, window=(128, 128))
-    text = square("local-causal", 2048, heads=8, heads_k=2, causal=True, window=(256, 0), head_dim=128, head_dim_v=128)
+    text = square(
+        "local-causal", 2048, heads=8, heads_k=2, causal=True, window=(256, 0), head_dim=128, head_dim_v=128
+    )
     plain = (gpt2, vit, wav2vec, whisper, llm, decode, molecules)
-    low = tuple(replace(c, name=f"{c.name}-bf16", dtype="bf16", flex=False) for c in (gpt2, vit, whisper, llm, decode))
+    low = tuple(
+        replace(c, name=f"{c.name}-bf16", dtype="bf16", flex=False) for c in (gpt2, vit, whisper, llm, decode)
+    )
     return [
         Group("models fp32", plain),
         Group("models bf16", low),
@@ -146,12 +172,17 @@ def sweep() -> list[Group]:
         kind = "causal" if causal else "full"
         cases = tuple(
             square(
-                f"{dtype}-{kind}-d{d}-n{n}", n, batch=max(1, _TOKENS // n), dtype=dtype, causal=causal, head_dim=d,
+                f"{dtype}-{kind}-d{d}-n{n}",
+                n,
+                batch=max(1, _TOKENS // n),
+                dtype=dtype,
+                causal=causal,
+                head_dim=d,
                 head_dim_v=d,
             )
             for d in (64, 128)
             for n in LENGTHS
-        )  # fmt: skip
+        )
         floor = 0.95 if (dtype, causal) == ("fp32", False) else None
         groups.append(Group(f"{dtype} {kind}", cases, "sdpa", goal, floor))
     return groups
@@ -161,17 +192,16 @@ def windows() -> list[Group]:
     """Windows of +-64 and +-256 over 8192 positions, beside torch with a mask and compiled flex_attention."""
     groups = []
     for dtype, goals in (("fp32", {64: 45.0, 256: 28.0}), ("bf16", {64: 32.0, 256: 20.0})):
-        flex_goal = 3.0 if dtype == "fp32" else 2.0
-        for reach, goal in goals.items():
+        others = {"flex": {FORWARD: 3.0 if dtype == "fp32" else 2.0}}
+        for reach, mean in goals.items():
             case = square(f"{dtype}-window{reach}-n8192", 8192, dtype=dtype, window=(reach, reach), flex=True)
-            name = f"{dtype} window +-{reach}"
-            groups.append(Group(name, (case,), "sdpa-mask", {FORWARD: goal, TRAIN: goal}))
-            groups.append(Group(f"{name}, flex", (replace(case, directions=(FORWARD,)),), "flex", {FORWARD: flex_goal}))
+            goal = {FORWARD: mean, TRAIN: mean}
+            groups.append(Group(f"{dtype} window +-{reach}", (case,), "sdpa-mask", goal, others=others))
     return groups
 
 
 def options() -> list[Group]:
-    """Dropout, a bias with gradient, Dv != D: what each costs beside saccade's own plain call, per operation."""
+    """Dropout, a bias with gradient, Dv != D, each beside saccade's own plain call, per operation."""
     groups = []
     for dtype, goal in (("fp32", {FORWARD: 1 / 1.5, TRAIN: 1 / 1.5}), ("bf16", {})):
         base = square("", 1024, batch=2, dtype=dtype)
@@ -181,7 +211,9 @@ def options() -> list[Group]:
             replace(base, name=f"{dtype}-dv32", head_dim_v=32),
             replace(base, name=f"{dtype}-dv128", head_dim_v=128),
         )
-        groups.append(Group(f"{dtype} options, beside plain", cases, "saccade-plain", goal, goal.get(FORWARD)))
+        groups.append(
+            Group(f"{dtype} options, beside plain", cases, "saccade-plain", goal, goal.get(FORWARD))
+        )
     return groups
 
 
@@ -202,36 +234,53 @@ class ModuleCase:
 
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured."""
+        head_dim = self.embed_dim // self.num_heads
         kept = [n for n in ("causal", "padding", "need_weights") if getattr(self, n)]
         return {
-            "case": self.name, "dtype": self.dtype, "batch": self.batch, "heads": self.num_heads, "heads_k": self.num_heads,
-            "seqlen_q": self.length, "seqlen_k": self.length, "head_dim": self.embed_dim // self.num_heads,
-            "head_dim_v": self.embed_dim // self.num_heads, "mask": " ".join(kept), "bias": False, "dropout_p": 0.0,
-        }  # fmt: skip
+            "case": self.name,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "heads": self.num_heads,
+            "heads_k": self.num_heads,
+            "seqlen_q": self.length,
+            "seqlen_k": self.length,
+            "head_dim": head_dim,
+            "head_dim_v": head_dim,
+            "mask": " ".join(kept),
+            "bias": False,
+            "dropout_p": 0.0,
+        }
 
     def flops(self) -> int:
-        """Projections and attention; three times that with the backward pass (the pairs a mask drops count as kept)."""
+        """Projections and attention, masked pairs too; three times that with the backward pass."""
         tokens, e = self.batch * self.length, self.embed_dim
         return (8 * tokens * e * e + 4 * tokens * self.length * e) * (3 if self.training else 1)
 
 
 def modules() -> list[Group]:
-    """nn.MultiheadAttention end to end, E 512, train and eval, length 128 to 2048, plain, causal, padded, with weights."""
+    """nn.MultiheadAttention end to end, E 512, train and eval, length 128 to 2048, every kind of mask."""
     kinds: dict[str, dict[str, bool]] = {
-        "full": {}, "causal": {"causal": True}, "padded": {"padding": True}, "weights": {"need_weights": True},
-    }  # fmt: skip
+        "full": {},
+        "causal": {"causal": True},
+        "padded": {"padding": True},
+        "weights": {"need_weights": True},
+    }
     groups = []
     for dtype in ("fp32", "bf16"):
         for kind, flags in kinds.items():
             better = 1.3 if kind == "weights" else 1.05 if (dtype, kind) == ("fp32", "full") else 1.2
             cases = tuple(
                 ModuleCase(
-                    f"mha-{dtype}-{kind}-{'train' if training else 'eval'}-n{n}", n, max(1, 4096 // n), dtype=dtype,
-                    training=training, **flags,
+                    f"mha-{dtype}-{kind}-{'train' if training else 'eval'}-n{n}",
+                    n,
+                    max(1, 4096 // n),
+                    dtype=dtype,
+                    training=training,
+                    **flags,
                 )
                 for training in (True, False)
                 for n in (128, 256, 512, 1024, 2048)
-            )  # fmt: skip
+            )
             goal = {FORWARD: better, TRAIN: better}
             groups.append(Group(f"module {dtype} {kind}", cases, "torch", goal, 1.0))  # type: ignore[arg-type]
     return groups

@@ -1,7 +1,7 @@
 """Whether a provider's results are right: the tests' yardstick, on the very inputs that are timed.
 
-Large cases do not fit in fp64 at once, so one head is recomputed a block of query rows at a time, from the same `Mask.keep`
-that defines the mask everywhere else. `exact` is that in fp64, `plain` the same in the case's own dtype.
+Large cases do not fit in fp64 at once, so one head is recomputed a block of query rows at a time, from the
+`Mask.keep` that defines the mask everywhere. `exact` is that in fp64, `plain` the same in the case's dtype.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from saccade.dropout import dropout_mask
 from saccade.masks import Mask
 from saccade.testing import assert_no_worse_than
+from torch import Tensor
 
 from .cases import TRAIN, Case
 from .peers import SEED, Inputs
@@ -39,7 +38,10 @@ class Slice:
     reach: tuple[int, int]  # query i keeps no key before i + reach[0] or after i + reach[1]
 
     def to(self, dtype: torch.dtype) -> Slice:
-        tensors = [None if x is None else x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v, self.bias)]
+        tensors = [
+            None if x is None else x.detach().to(dtype).requires_grad_()
+            for x in (self.q, self.k, self.v, self.bias)
+        ]
         q, k, v, bias = tensors
         assert q is not None and k is not None and v is not None
         return Slice(q, k, v, bias, self.keep, self.dropout_p, self.mask, self.place, self.reach)
@@ -49,7 +51,7 @@ class Slice:
 
 
 def _rows(s: Slice, start: int, stop: int) -> Tensor:
-    """The output of query rows start to stop, in the dtype of the slice. Keys that none of them reaches are left out."""
+    """The output of query rows start to stop, in the slice's dtype; keys that none reaches are left out."""
     seqlen_q, seqlen_k = s.q.shape[0], s.k.shape[0]
     first, last = max(0, start + s.reach[0]), max(1, min(seqlen_k, stop + s.reach[1]))
     first = min(first, last - 1)
@@ -101,8 +103,11 @@ def compare(got: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tens
 
 
 def of_inputs(inputs: Inputs, place: tuple[int, int], dtype: torch.dtype, train: bool) -> list[Tensor]:
-    """Results for batch entry and key head `place` = (b, hk), over the query heads that read it: out [G, Sq, Dv], then the
-    gradients of q [G, Sq, D], k [Sk, D], v [Sk, Dv] and bias [G, Sq, Sk] (of this batch entry alone)."""
+    """Results for batch entry and key head `place` = (b, hk), over the G query heads that read it.
+
+    They are out [G, Sq, Dv], then the gradients of q [G, Sq, D], k [Sk, D], v [Sk, Dv] and bias [G, Sq, Sk],
+    that of the bias for this batch entry alone.
+    """
     case, (b, hk) = inputs.case, place
     group = case.heads // case.heads_k
     per_head = []
@@ -147,7 +152,7 @@ class Oracle:
         }
 
     def fault(self, got: Sequence[Tensor]) -> str:
-        """Empty when the results (without gradients: the first alone) are within the yardstick, else what is wrong."""
+        """Empty when the results (forward: out alone) are within the yardstick, else what is wrong."""
         if self._case.batch > 1:
             got = got[:4]  # the batch entries share the gradient of the bias
         for place, (plain, exact) in self._known.items():

@@ -25,17 +25,30 @@ def parser() -> argparse.ArgumentParser:
     suites = "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
     made = argparse.ArgumentParser(
         prog="python -m saccade bench",
-        description="Times attention beside its peers in one process. Every result is checked against fp64 before its "
-        "time is printed.",
+        description="Times attention beside its peers in one process. Every result is checked against "
+        "fp64 before its time is printed.",
     )
     made.add_argument("--suite", choices=list(SUITES), default="attention", help=suites)
-    made.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their or their group's name")
-    made.add_argument("--quick", action="store_true", help="few rounds per case: minutes become seconds, noise grows")
+    made.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases with TEXT in their or their group's name"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="few rounds per case: minutes become seconds, noise grows"
+    )
     made.add_argument("--device", default="cpu", help="cpu (default), cuda")
     made.add_argument("--threads", type=int, default=0, help="threads of torch (default: as torch chooses)")
-    made.add_argument("--memory", action="store_true", help="also peak memory, each call in a process of its own")
-    made.add_argument("--no-flex", action="store_true", help="leave flex_attention out (compiling takes 6 to 20 s a case)")
-    made.add_argument("--out", type=Path, metavar="FOLDER", help="for CSV, JSON and the picture (default: benchmarks/results)")
+    made.add_argument(
+        "--memory", action="store_true", help="also peak memory, each call in a process of its own"
+    )
+    made.add_argument(
+        "--no-flex", action="store_true", help="leave flex_attention out (compiling takes 6 to 20 s a case)"
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for CSV, JSON and the picture (default: benchmarks/results)",
+    )
     made.add_argument("--list", action="store_true", help="print the cases and stop")
     return made
 
@@ -54,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     tasks = memory.tasks() if asked.memory or (suite.memory and not asked.only) else []
     if not selected and not tasks:
-        raise SystemExit(f"no case of suite {asked.suite!r} has {asked.only!r} in its name; --list shows them")
+        raise SystemExit(
+            f"no case of suite {asked.suite!r} has {asked.only!r} in its name; --list shows them"
+        )
     if asked.threads:
         torch.set_num_threads(asked.threads)
     content = _measure(plan, selected, tasks)
@@ -77,7 +92,9 @@ def _measure(plan: Plan, selected: list[Any], tasks: list[Any]) -> dict[str, Any
     groups = [group for _, group, _ in selected]
     facts = machine.facts(plan.device)
     with Console(sum(len(wanted) for _, _, wanted in selected) + len(tasks)) as console:
-        console.print(f"{facts['cpu']}, {facts['threads']} threads, instruction set {facts['instruction_set']}")
+        console.print(
+            f"{facts['cpu']}, {facts['threads']} threads, instruction set {facts['instruction_set']}"
+        )
         console.print(f"torch {facts['torch']}, saccade {facts['saccade']} {facts['commit']}".rstrip())
         for part, group, wanted in selected:
             mine: list[Row] = []
@@ -99,7 +116,9 @@ def _measure(plan: Plan, selected: list[Any], tasks: list[Any]) -> dict[str, Any
         if used:
             report.memory_table(console, used)
         rates = peak.rates()
-        console.print("torch.mm 2048^3, GFLOP/s: " + ", ".join(f"{n} {rate:.0f}" for n, rate in rates.items()))
+        console.print(
+            "torch.mm 2048^3, GFLOP/s: " + ", ".join(f"{n} {rate:.0f}" for n, rate in rates.items())
+        )
     return {"machine": facts | {"gemm_gflops": rates}, "rows": rows, "summary": summary, "memory": used}
 
 

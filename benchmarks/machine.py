@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-
 from saccade import ops
 
 
@@ -31,21 +30,25 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout the package runs from, with `+` when files differ from it; empty without one."""
+    """The checkout's commit, with `+` when files differ from it; empty outside one."""
     folder = Path(__file__).resolve().parent
     if not (folder.parent / ".git").exists():
         return ""
     git = ["git", "-C", str(folder)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def instruction_sets() -> list[str]:
-    """The set the CPU kernels use, then every one this build and processor have; empty without the library."""
+    """The set the CPU kernels use, then every one that can run here; empty without the library."""
     return torch.ops.saccade.cpu_isa("").split() if ops.LOADED else []
 
 

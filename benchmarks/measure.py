@@ -1,4 +1,4 @@
-"""Timing: all providers of a case in turn, round after round, so that what disturbs the machine disturbs them alike."""
+"""Timing: all providers of a case in turn, round after round: what disturbs one disturbs them all."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, budget: Budget) -> dict
         once = clock.seconds(calls[name])  # first touch of memory, lazy initialisation
         if once < 0.05:
             once = clock.seconds(calls[name])
-        repeats[name] = max(1, min(1000, round(2e-3 / max(once, 1e-7))))  # short calls are timed several at a time
+        repeats[name] = max(
+            1, min(1000, round(2e-3 / max(once, 1e-7)))
+        )  # short calls are timed several at a time
     samples: dict[str, list[float]] = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
     while turn < budget.least or (turn < budget.most and time.perf_counter() - start < budget.seconds):
@@ -78,12 +80,14 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, budget: Budget) -> dict
 
 def summary(values: list[float]) -> Timing:
     """Median and quartiles of some timings."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return Timing(median, low, high, len(values))
 
 
 class Peak:
-    """The machine's matrix product, 2048 x 2048 x 2048 through torch.mm: its best rate in this run, per dtype.
+    """The machine's matrix product, 2048^3 through torch.mm: its best rate in this run, per dtype.
 
     It is measured again beside every case, so that a slower moment of the machine is not taken for the limit.
     """

@@ -1,6 +1,6 @@
-"""Peak memory of one call, in a process of its own: `python -m saccade.benchmarks.memory` reads a task on stdin.
+"""Peak memory of one call, in a process of its own: `python -m saccade.benchmarks.memory` with a task.
 
-The peak is the highest resident size while the call runs, less the size just before, when the inputs were there already:
+The peak is the highest resident size while the call runs, less the size just before, with the inputs there:
 what the call itself takes, results included. On a GPU it is the allocator's own peak, in the same sense.
 """
 
@@ -36,12 +36,27 @@ def tasks() -> list[tuple[Case, str, str]]:
 
 
 def measure(case: Case, direction: str, provider: str, threads: int, device: str) -> dict[str, Any]:
-    """Run the task in a child; its row has `peak_mib`, `inputs_mib` (q, k, v, out and gradients) or `error`."""
-    task = {"case": asdict(case), "direction": direction, "provider": provider, "threads": threads, "device": device}
+    """Run the task in a child; the row has `peak_mib`, `inputs_mib` (q, k, v, out, gradients) or `error`."""
+    task = {
+        "case": asdict(case),
+        "direction": direction,
+        "provider": provider,
+        "threads": threads,
+        "device": device,
+    }
     child = subprocess.run(
-        [sys.executable, "-m", "saccade.benchmarks.memory"], input=json.dumps(task), capture_output=True, text=True
+        [sys.executable, "-m", "saccade.benchmarks.memory"],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
     )
-    row = {"suite": "memory", "group": "memory", **case.describe(), "direction": direction, "provider": provider}
+    row = {
+        "suite": "memory",
+        "group": "memory",
+        **case.describe(),
+        "direction": direction,
+        "provider": provider,
+    }
     if child.returncode:
         lines = child.stderr.strip().splitlines()
         return row | {"error": lines[-1] if lines else f"the process ended with {child.returncode}"}

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from saccade.accelerate import accelerate
 from saccade.testing import assert_no_worse_than
+from torch import Tensor
 
 from .cases import DTYPES, FORWARD, TRAIN, ModuleCase
 

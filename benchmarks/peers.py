@@ -1,6 +1,6 @@
 """The providers of attention: each turns a case into a call of no arguments, or says why it cannot.
 
-Every call does the same work: forward only without autograd, or forward and the gradients of q, k, v (and of the bias).
+All do the same work: forward without autograd, or forward and the gradients of q, k, v (and of the bias).
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import saccade
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import saccade
 from saccade.masks import Mask
+from torch import Tensor
 
 from .cases import DTYPES, FORWARD, TRAIN, Case
 
@@ -37,7 +36,7 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case, device: str) -> Inputs:
-        """Drawn from N(0, 1) with a fixed seed. The cotangent is small integers over 8: exact in every dtype."""
+        """Drawn from N(0, 1) with a fixed seed. The cotangent is integers over 8: exact in every dtype."""
         draw = torch.Generator(device).manual_seed(0)
         dtype = DTYPES[case.dtype]
 
@@ -86,7 +85,9 @@ def ours(inputs: Inputs, direction: str) -> Call | str:
     options: dict[str, Any] = {"bias": inputs.bias}
     if case.dropout_p:
         options |= {"dropout_p": case.dropout_p, "seed": SEED}
-    return _call(inputs, direction, lambda: saccade.attention(inputs.q, inputs.k, inputs.v, inputs.mask, **options))
+    return _call(
+        inputs, direction, lambda: saccade.attention(inputs.q, inputs.k, inputs.v, inputs.mask, **options)
+    )
 
 
 def ours_plain(inputs: Inputs, direction: str) -> Call | str:
@@ -107,13 +108,15 @@ def sdpa(inputs: Inputs, direction: str) -> Call | str:
 
 
 def sdpa_mask(inputs: Inputs, direction: str) -> Call | str:
-    """scaled_dot_product_attention with a dense mask in q's dtype, made beforehand: the form it converts nothing of."""
+    """scaled_dot_product_attention with a dense mask in q's dtype, made beforehand."""
     case = inputs.case
     if inputs.mask is None and inputs.bias is None:
         return "the case has no mask"
     if case.window is None and case.lengths is None and case.causal and not case.bias:
         return "is_causal serves: see sdpa"
-    if (case.batch if case.lengths and (case.causal or case.window) else 1) * case.seqlen_q * case.seqlen_k * 4 > _MASK_BYTES:
+    if (
+        case.batch if case.lengths and (case.causal or case.window) else 1
+    ) * case.seqlen_q * case.seqlen_k * 4 > _MASK_BYTES:
         return "a dense mask would not fit"
     return _sdpa(inputs, direction, attn_mask=inputs.bias if case.bias else _dense(inputs))
 
@@ -151,12 +154,16 @@ def flex(inputs: Inputs, direction: str) -> Call | str:
     if inputs.mask is not None:
         batch = case.batch if case.lengths else None
         predicate = _predicate(case, inputs.q.device)
-        block_mask = create_block_mask(predicate, batch, None, case.seqlen_q, case.seqlen_k, device=inputs.q.device)
+        block_mask = create_block_mask(
+            predicate, batch, None, case.seqlen_q, case.seqlen_k, device=inputs.q.device
+        )
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     q, k, v = (x.detach() if on_cpu else x for x in (inputs.q, inputs.k, inputs.v))
     gqa = case.heads != case.heads_k
     return _call(
-        inputs, direction, lambda: compiled(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa)
+        inputs,
+        direction,
+        lambda: compiled(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa),
     )
 
 

@@ -7,13 +7,17 @@ from typing import Any
 
 Row = dict[str, Any]
 _COLOURS = {
-    "saccade": "#0b6e4f", "saccade-plain": "#83c5a8", "sdpa": "#d1495b", "sdpa-mask": "#edae49", "flex": "#66a1c6",
+    "saccade": "#0b6e4f",
+    "saccade-plain": "#83c5a8",
+    "sdpa": "#d1495b",
+    "sdpa-mask": "#edae49",
+    "flex": "#66a1c6",
     "torch": "#d1495b",
-}  # fmt: skip
+}
 
 
 def draw(path: Path, content: dict[str, Any]) -> bool:
-    """Bars of GFLOP/s per group and direction, the machine's matrix product as a line. False without matplotlib."""
+    """Bars of GFLOP/s per group and direction, torch.mm's as a line. False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -33,7 +37,10 @@ def draw(path: Path, content: dict[str, Any]) -> bool:
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     machine = content["machine"]
-    figure.suptitle(f"saccade {machine['saccade']}, torch {machine['torch']}, {machine['cpu']}, {machine['threads']} threads")
+    figure.suptitle(
+        f"saccade {machine['saccade']}, torch {machine['torch']}, "
+        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

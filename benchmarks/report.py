@@ -19,7 +19,7 @@ def default_folder() -> Path:
 
 
 def group_table(console: Console, group: str, rows: list[Row]) -> None:
-    """One line per case and direction: saccade's figures, then every peer's time and how often saccade is faster."""
+    """One line per case and direction: saccade's figures, every peer's time and saccade's speed over it."""
     names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n != "saccade"]
     names = [n for n in names if any(r["provider"] == n and ("ms" in r or r.get("error")) for r in rows)]
     table = []
@@ -35,7 +35,9 @@ def group_table(console: Console, group: str, rows: list[Row]) -> None:
     console.table(group, ["case", "saccade ms", "quartiles", "GFLOP/s", "of peak", *peers], table)
     for row in rows:
         if row.get("error"):
-            console.print(f"  no number for {row['provider']} on {row['case']} ({row['direction']}): {row['error']}")
+            console.print(
+                f"  no number for {row['provider']} on {row['case']} ({row['direction']}): {row['error']}"
+            )
 
 
 def _time(row: Row) -> str:
@@ -59,15 +61,13 @@ def _times_faster(mine: Row, peer: Row) -> str:
 
 def summary_table(console: Console, summary: list[Row]) -> None:
     """Geometric means per group."""
-    rows = [
-        [
-            f"{s['group']}  {'fwd+bwd' if '+' in s['direction'] else 'fwd'}", s["peer"], str(s["cases"]), f"{s['mean']:.2f}",
-            _figure(s["goal"], "{:.2f}"), f"{s['least']:.2f}", _figure(s["floor"], "{:.2f}"), s["least_case"],
-        ]
-        for s in summary
-    ]  # fmt: skip
-    head = ["group", "against", "cases", "mean x", "goal", "least x", "floor", "least in"]
-    console.table("speed of saccade over each group's peer (geometric mean)", head, rows)
+    rows = []
+    for s in summary:
+        name = f"{s['group']}  {'fwd+bwd' if '+' in s['direction'] else 'fwd'}"
+        figures = [_figure(s[n], "{:.2f}") for n in ("mean", "goal", "limit", "least", "floor")]
+        rows.append([name, s["peer"], str(s["cases"]), *figures, s["least_case"]])
+    head = ["group", "against", "cases", "mean x", "goal", "at mm rate", "least x", "floor", "least in"]
+    console.table("speed of saccade over its peers (geometric mean per group)", head, rows)
 
 
 def memory_table(console: Console, rows: list[Row]) -> None:
@@ -77,10 +77,16 @@ def memory_table(console: Console, rows: list[Row]) -> None:
         peak, least = row.get("peak_mib"), row.get("inputs_mib")
         share = peak / least if peak is not None and least else None
         why = row.get("error") or row.get("absent") or ""
-        table.append([
-            f"{row['case']}  {row['dtype']}", row["provider"], _figure(peak, "{:.0f}"), _figure(least, "{:.0f}"),
-            _figure(share, "{:.2f}"), why,
-        ])  # fmt: skip
+        table.append(
+            [
+                f"{row['case']}  {row['dtype']}",
+                row["provider"],
+                _figure(peak, "{:.0f}"),
+                _figure(least, "{:.0f}"),
+                _figure(share, "{:.2f}"),
+                why,
+            ]
+        )
     head = ["case", "provider", "peak MiB", "q k v out, gradients MiB", "ratio", "note"]
     console.table("memory that one forward+backward call takes", head, table)
 
@@ -90,7 +96,10 @@ def write(folder: Path, stem: str, content: dict[str, Any]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = folder / f"{stem}.json", folder / f"{stem}.csv"
     as_json.write_text(json.dumps(content, indent=1) + "\n")
-    machine = {n: content["machine"].get(n, "") for n in ("cpu", "gpu", "threads", "instruction_set", "torch", "commit", "date")}
+    machine = {
+        n: content["machine"].get(n, "")
+        for n in ("cpu", "gpu", "threads", "instruction_set", "torch", "commit", "date")
+    }
     rows = [row | machine for row in content["rows"] + content["memory"]]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with as_csv.open("w", newline="") as file:

@@ -57,16 +57,29 @@ def measure_case(work: Work, group: Group, plan: Plan, clock: Clock, peak: Peak)
         base = {"suite": plan.suite, "group": group.name, **work.case.describe(), "direction": direction}  # type: ignore[attr-defined]
         for name, timing in timings.items():
             rate = work.flops(direction, name) / timing.median
-            milliseconds = {"ms": timing.median * 1e3, "ms_low": timing.low * 1e3, "ms_high": timing.high * 1e3}
+            milliseconds = {
+                "ms": timing.median * 1e3,
+                "ms_low": timing.low * 1e3,
+                "ms_high": timing.high * 1e3,
+            }
             yield base | {"provider": name, **milliseconds, "runs": timing.runs, "gflops": rate / 1e9}
         for name, (wrong, absent) in faults.items():
             yield base | {"provider": name, "error": wrong, "absent": absent}
 
 
+Key = tuple[str, str, str, str]
+
+
+def _rates(rows: list[Row]) -> dict[Key, float]:
+    """Useful GFLOP/s by group, case, direction and provider."""
+    names = ("group", "case", "direction", "provider")
+    return {tuple(r[n] for n in names): r["gflops"] for r in rows if "gflops" in r}  # type: ignore[misc]
+
+
 def add_ratios(rows: list[Row], groups: Iterable[Group], peak: Peak, dtypes: dict[str, Any]) -> None:
-    """`ratio`: a saccade row's rate over its group's peer's. `peak_fraction`: a rate over the best matrix product."""
+    """Add `ratio`, saccade's rate over the peer's, and `peak_fraction`, a rate over the matrix product's."""
     peers = {group.name: group.peer for group in groups}
-    rates = {(r["group"], r["case"], r["direction"], r["provider"]): r.get("gflops") for r in rows}
+    rates = _rates(rows)
     for row in rows:
         if "gflops" not in row:
             continue
@@ -77,19 +90,34 @@ def add_ratios(rows: list[Row], groups: Iterable[Group], peak: Peak, dtypes: dic
             row["ratio"], row["peer"] = row["gflops"] / peer, peers[row["group"]]
 
 
+def _mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 def summarise(rows: list[Row], groups: Iterable[Group]) -> list[Row]:
-    """Per group and direction: the geometric mean of the ratios, the least one, and what the project wants."""
-    found = []
+    """Per group, peer and direction: the ratios' geometric mean, the least one, and what the project wants.
+
+    `limit` is what the mean would be if saccade computed at the rate of the machine's matrix product.
+    """
+    found, rates = [], _rates(rows)
     for group in groups:
-        for direction in dict.fromkeys(r["direction"] for r in rows if r["group"] == group.name):
-            mine = [r for r in rows if r["group"] == group.name and r["direction"] == direction and "ratio" in r]
-            if not mine:
-                continue
-            mean = math.exp(sum(math.log(r["ratio"]) for r in mine) / len(mine))
-            least = min(mine, key=lambda r: r["ratio"])
-            found.append({
-                "group": group.name, "direction": direction, "peer": group.peer, "cases": len(mine), "mean": mean,
-                "least": least["ratio"], "least_case": least["case"], "goal": group.goal.get(direction),
-                "floor": group.floor,
-            })  # fmt: skip
+        mine = [r for r in rows if r["group"] == group.name and r["provider"] == "saccade" and "gflops" in r]
+        for peer, goal in ((group.peer, group.goal), *group.others.items()):
+            for direction in dict.fromkeys(r["direction"] for r in mine):
+                keys = [
+                    (r, (group.name, r["case"], direction, peer)) for r in mine if r["direction"] == direction
+                ]
+                ratios = {r["case"]: r["gflops"] / rates[key] for r, key in keys if key in rates}
+                if not ratios:
+                    continue
+                limits = [ratios[r["case"]] / r["peak_fraction"] for r, key in keys if key in rates]
+                least = min(ratios, key=lambda case: ratios[case])
+                line = {"group": group.name, "direction": direction, "peer": peer, "cases": len(ratios)}
+                line |= {
+                    "mean": _mean(list(ratios.values())),
+                    "limit": _mean(limits),
+                    "goal": goal.get(direction),
+                }
+                line |= {"least": ratios[least], "least_case": least, "floor": group.floor}
+                found.append(line)
     return found

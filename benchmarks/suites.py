@@ -1,7 +1,6 @@
-"""The registry of suites. A suite is a list of parts; a part is groups of cases and the class that makes a case ready.
+"""The registry of suites. A suite has parts; a part is groups of cases and the class that makes a case ready.
 
-Such a class has `case, dtype, directions, offers(direction), fault(name, direction, call), flops(direction, name)`; see
-`attention.AttentionWork`. Another kind of case registers a suite of its own with `register`.
+Such a class is a `Work` (`attention.AttentionWork` is one). Other kinds of cases `register` a suite.
 """
 
 from __future__ import annotations
@@ -60,8 +59,14 @@ def register(name: str, suite: Suite) -> None:
 
 _ATTENTION = (Part(AttentionWork, cases.models), Part(AttentionWork, cases.options))
 _MODULE = Part(ModuleWork, cases.modules)
-_SWEEP = (Part(AttentionWork, cases.sweep), Part(AttentionWork, cases.windows), Part(AttentionWork, cases.options))
+_SWEEP = (
+    Part(AttentionWork, cases.sweep),
+    Part(AttentionWork, cases.windows),
+    Part(AttentionWork, cases.options),
+)
 
 register("attention", Suite("layers of well-known models, and what options cost", _ATTENTION, Budget(0.5, 3)))
 register("module", Suite("nn.MultiheadAttention, swapped and not", (_MODULE,), Budget(0.6, 5)))
-register("cpu", Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE), Budget(1.5, 5), True))
+register(
+    "cpu", Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE), Budget(1.5, 5), True)
+)

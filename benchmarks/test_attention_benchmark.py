@@ -1,11 +1,10 @@
-"""`pytest benchmarks --benchmark-only`: the model cases under pytest-benchmark, every provider checked first."""
+"""`pytest benchmarks --benchmark-only`: the model cases, every provider checked first."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-
 from saccade.benchmarks import cases
 from saccade.benchmarks.attention import AttentionWork
 from saccade.benchmarks.suites import Work

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from saccade.benchmarks import cases
 from saccade.benchmarks.modules import ModuleWork
 

@@ -28,7 +28,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
     lse_sizes = {sizes[0], sizes[1], sizes[2]};
   if (p.activation == Activation::kReLU || p.activation == Activation::kSigmoid) lse_sizes = {0};
   const Tensor out = empty_ordered(sizes, order, call.q.scalar_type(), call.q);
-  const Tensor lse = empty(lse_sizes, accumulator(call.q), call.q);
+  const Tensor lse = empty(lse_sizes, ScalarType::Double, call.q);
   p.out = rows_of(out);
   call.set_lse(p, lse);
   const KernelTable kernels = kernels_for(p.q.dtype, p.score);
@@ -59,8 +59,9 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   call.set_lse(p, lse);
   OptionalTensor dense_dlse;
   if (dlse) {
+    STD_TORCH_CHECK(dlse->scalar_type() == ScalarType::Double, "saccade: dlse is float64, as lse is");
     dense_dlse = torch::stable::contiguous(*dlse);
-    p.dlse = dense_dlse->const_data_ptr();
+    p.dlse = static_cast<const double*>(dense_dlse->const_data_ptr());
   }
   const ScalarType acc = accumulator(call.q);
   // Every output that is not wanted is an empty tensor of its own: outputs may not alias.
@@ -173,11 +174,11 @@ void gather_forward(StableIValue* stack, uint64_t, uint64_t) {
   call.read_graph(s);
   const std::vector<int64_t> order = s.next<std::vector<int64_t>>();
   call.fill_graph(p);
-  const ScalarType acc = accumulator(call.q);
   const bool softmax = p.activation == Activation::kSoftmax || p.activation == Activation::kSoftmax1;
   const Tensor out = empty_ordered(call.shape(p.head_dim_v), order, call.q.scalar_type(), call.q);
-  const Tensor lse = empty(
-      softmax ? std::vector<int64_t>{p.batch, p.heads, p.seqlen_q} : std::vector<int64_t>{0}, acc, call.q);
+  const Tensor lse =
+      empty(softmax ? std::vector<int64_t>{p.batch, p.heads, p.seqlen_q} : std::vector<int64_t>{0},
+            ScalarType::Double, call.q);
   const Tensor out_edge =
       empty(p.edge_dim ? call.shape(p.edge_dim) : std::vector<int64_t>{0}, call.q.scalar_type(), call.q);
   p.out = rows_of(out);
@@ -205,8 +206,9 @@ void gather_backward(StableIValue* stack, uint64_t, uint64_t) {
   call.set_lse(p, lse);
   OptionalTensor dense_dlse;
   if (dlse) {
+    STD_TORCH_CHECK(dlse->scalar_type() == ScalarType::Double, "saccade: dlse is float64, as lse is");
     dense_dlse = torch::stable::contiguous(*dlse);
-    p.dlse = dense_dlse->const_data_ptr();
+    p.dlse = static_cast<const double*>(dense_dlse->const_data_ptr());
   }
   if (p.edge_dim) {
     p.out_edge = rows_of(out_edge);

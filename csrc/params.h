@@ -38,7 +38,7 @@ struct MaskParams {
 struct Params {
   int64_t batch = 0, heads = 0, heads_k = 0, seqlen_q = 0, seqlen_k = 0, head_dim = 0, head_dim_v = 0;
   Rows q, k, v, out;
-  void* lse = nullptr;  // accumulator dtype, [B, H, Sq] or [H, total_q]
+  double* lse = nullptr;  // [B, H, Sq] or [H, total_q]; double, so that exp(S - lse) is as exact as S is
   int64_t lse_batch = 0, lse_head = 0;
 
   const void* bias = nullptr;  // [B, H, Sq, Sk], stride 0 where broadcast
@@ -80,8 +80,8 @@ enum Needs : int64_t {
 
 struct GradParams : Params {
   Rows dout, dq, dk, dv;
-  const void* dlse = nullptr;  // strides of lse
-  void* dbias = nullptr;       // accumulator dtype, contiguous, size 1 where bias_stride is 0
+  const double* dlse = nullptr;  // strides of lse
+  void* dbias = nullptr;         // accumulator dtype, contiguous, size 1 where bias_stride is 0
   int64_t dbias_size[4] = {1, 1, 1, 1};
   void* drel_bias = nullptr;  // [H, rel_size] accumulator dtype
   void* dweight = nullptr;    // [H, D]

@@ -181,7 +181,7 @@ struct Call {
   }
 
   void set_lse(Params& p, const Tensor& lse) const {
-    p.lse = const_cast<void*>(lse.const_data_ptr());
+    p.lse = static_cast<double*>(const_cast<void*>(lse.const_data_ptr()));
     p.lse_batch = lse.dim() == 3 ? lse.stride(0) : 0;
     p.lse_head = lse.dim() >= 2 ? lse.stride(lse.dim() - 2) : 0;
   }

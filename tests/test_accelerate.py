@@ -6,11 +6,10 @@ import copy
 import pickle
 
 import pytest
-import torch
-from torch import nn
-
 import saccade
+import torch
 from saccade.accelerate import SWAPS
+from torch import nn
 
 E, H = 32, 4
 
@@ -36,7 +35,11 @@ def test_swaps_by_class_and_keeps_everything_else() -> None:
     parameters = [id(p) for p in model.parameters()]
     state = copy.deepcopy(model.state_dict())
     report = saccade.accelerate(model)
-    assert report.swapped == ["first", "cross", "layers.0", "layers.1"] and not report.skipped and not report.notes
+    assert (
+        report.swapped == ["first", "cross", "layers.0", "layers.1"]
+        and not report.skipped
+        and not report.notes
+    )
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert [id(p) for p in model.parameters()] == parameters
     assert list(model.state_dict()) == list(state)
@@ -86,7 +89,9 @@ def test_hooks_and_optimizer_state_stay() -> None:
     moments = [optimizer.state[p]["exp_avg"] for p in model.first.parameters()]
     saccade.accelerate(model)
     assert not calls  # the check passes the hooks by
-    assert all(optimizer.state[p]["exp_avg"] is m for p, m in zip(model.first.parameters(), moments, strict=True))
+    assert all(
+        optimizer.state[p]["exp_avg"] is m for p, m in zip(model.first.parameters(), moments, strict=True)
+    )
     model(x).sum().backward()
     optimizer.step()
     assert calls == ["forward", "backward"]
@@ -122,7 +127,13 @@ def test_what_is_left_alone_has_a_reason() -> None:
         model["broken"].in_proj_weight[0, 0] = torch.nan
     report = saccade.accelerate(model)
     assert report.swapped == [] and list(report.skipped) == list(model)
-    texts = ("a subclass", "forward was replaced", "before its weights are parametrized", "already", "not finite")
+    texts = (
+        "a subclass",
+        "forward was replaced",
+        "before its weights are parametrized",
+        "already",
+        "not finite",
+    )
     for reason, text in zip(report.skipped.values(), texts, strict=True):
         assert text in reason
     assert "left alone" in repr(report) and "Widened" in repr(report)
@@ -179,7 +190,9 @@ def test_encoders_call_the_swapped_module_in_inference(monkeypatch, padded: bool
     calls: list[int] = []
     forward = saccade.nn.MultiheadAttention.forward
     monkeypatch.setattr(
-        saccade.nn.MultiheadAttention, "forward", lambda self, *a, **k: (calls.append(1), forward(self, *a, **k))[1]
+        saccade.nn.MultiheadAttention,
+        "forward",
+        lambda self, *a, **k: (calls.append(1), forward(self, *a, **k))[1],
     )
     with torch.no_grad():
         out = model(x, src_key_padding_mask=padding)
@@ -188,8 +201,14 @@ def test_encoders_call_the_swapped_module_in_inference(monkeypatch, padded: bool
         assert len(calls) == 2
         assert torch.equal(copy.deepcopy(model)(x, src_key_padding_mask=padding), out) and len(calls) == 4
         saccade.restore(model)
-        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[valid], expected[valid], rtol=1e-4, atol=1e-5)
-    assert len(calls) == 4 and model.use_nested_tensor and type(model.layers[0].self_attn) is nn.MultiheadAttention
+        torch.testing.assert_close(
+            model(x, src_key_padding_mask=padding)[valid], expected[valid], rtol=1e-4, atol=1e-5
+        )
+    assert (
+        len(calls) == 4
+        and model.use_nested_tensor
+        and type(model.layers[0].self_attn) is nn.MultiheadAttention
+    )
     assert {name: getattr(model.layers[0], name) for name in fused} == fused
 
 

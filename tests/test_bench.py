@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-
 import saccade
+import torch
 from saccade.benchmarks import cases, cli, memory, peers, suites
 from saccade.benchmarks.attention import AttentionWork
 from saccade.benchmarks.cases import FORWARD, TRAIN, Case, Group, ModuleCase, square
@@ -48,7 +47,9 @@ def test_pairs_and_flops(case: Case) -> None:
 
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
 def test_the_check_computes_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saccade.benchmarks.check._BLOCK_ENTRIES", 7 * case.seqlen_k)  # several blocks of rows
+    monkeypatch.setattr(
+        "saccade.benchmarks.check._BLOCK_ENTRIES", 7 * case.seqlen_k
+    )  # several blocks of rows
     inputs = Inputs.of(case, "cpu")
     b, hk, group = case.batch - 1, 1, 2
     wide = [x.detach().double().requires_grad_() for x in inputs.leaves()]
@@ -127,9 +128,15 @@ def test_timing_is_interleaved_and_robust() -> None:
 
 
 def test_ratios_and_means() -> None:
-    group = Group("g", (), "sdpa", {FORWARD: 1.5}, 1.0)
+    group = Group("g", (), "sdpa", {FORWARD: 1.5}, 1.0, {"flex": {FORWARD: 3.0}})
     base = {"group": "g", "direction": FORWARD, "dtype": "fp32"}
-    speeds = {("x", "saccade"): 4.0, ("x", "sdpa"): 2.0, ("y", "saccade"): 4.0, ("y", "sdpa"): 8.0, ("z", "saccade"): 1.0}
+    speeds = {
+        ("x", "saccade"): 4.0,
+        ("x", "sdpa"): 2.0,
+        ("y", "saccade"): 4.0,
+        ("y", "sdpa"): 8.0,
+        ("z", "saccade"): 1.0,
+    }
     rows = [base | {"case": case, "provider": name, "gflops": rate} for (case, name), rate in speeds.items()]
     rows.append(base | {"case": "z", "provider": "sdpa", "error": "wrong"})
 
@@ -139,7 +146,10 @@ def test_ratios_and_means() -> None:
 
     add_ratios(rows, [group], Peak(), cases.DTYPES)  # type: ignore[arg-type]
     assert rows[0]["peak_fraction"] == 0.25
-    (line,) = summarise(rows, [group])
+    rows.append(base | {"case": "x", "provider": "flex", "gflops": 1.0})
+    line, other = summarise(rows, [group])
+    assert line["limit"] == pytest.approx(4.0)  # saccade at a quarter of the matrix product's rate
+    assert (other["peer"], other["mean"], other["goal"], other["cases"]) == ("flex", 4.0, 3.0, 1)
     assert line["cases"] == 2 and line["mean"] == pytest.approx(1.0) and line["least"] == 0.5
     assert (line["least_case"], line["goal"], line["floor"]) == ("y", 1.5, 1.0)
 
@@ -159,10 +169,12 @@ def test_a_run_leaves_rows_machine_and_picture(tmp_path: Path, capsys: pytest.Ca
     for row in content["rows"]:
         if "ms" in row:
             assert row["ms_low"] <= row["ms"] <= row["ms_high"] and row["gflops"] > 0
-    assert content["machine"]["torch"] == torch.__version__ and content["machine"]["gemm_gflops"]["float32"] > 0
+    assert (
+        content["machine"]["torch"] == torch.__version__ and content["machine"]["gemm_gflops"]["float32"] > 0
+    )
     assert len(rows) == len(content["rows"]) and rows[0]["cpu"] == content["machine"]["cpu"]
     printed = capsys.readouterr().out
-    assert "molecules-23" in printed and "geometric mean" in printed
+    assert "molecules-23" in printed and "geometric mean per group" in printed
     pytest.importorskip("matplotlib")
     assert next(tmp_path.glob("*.png")).stat().st_size > 1000
 
@@ -188,7 +200,9 @@ def test_memory_is_measured_in_a_child() -> None:
     row = memory.measure(case, TRAIN, "saccade", 1, "cpu")
     assert not row.get("error"), row
     assert row["inputs_mib"] == pytest.approx(2 * 4 * 2 * 4096 * 64 * 4 / 2**20)
-    assert row["inputs_mib"] / 4 < row["peak_mib"] < 40 * row["inputs_mib"]  # far below the 4096^2 weights' 128 MiB
+    assert (
+        row["inputs_mib"] / 4 < row["peak_mib"] < 40 * row["inputs_mib"]
+    )  # far below the 4096^2 weights' 128 MiB
     assert memory.measure(case, TRAIN, "sdpa", 1, "cpu")["absent"]
     assert "KeyError" in memory.measure(case, TRAIN, "nobody", 1, "cpu")["error"]
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from saccade import ops
 
 needs_library = pytest.mark.skipif(not ops.LOADED, reason="the operator library is not built")
@@ -17,7 +16,10 @@ needs_library = pytest.mark.skipif(not ops.LOADED, reason="the operator library 
 def call(*arguments: str, code: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     command = ["-c", code] if code else ["-m", "saccade"]
     return subprocess.run(
-        [sys.executable, *command, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}
+        [sys.executable, *command, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
 
 
@@ -64,7 +66,8 @@ def test_bench_works_without_rich_and_matplotlib(tmp_path: Path) -> None:
         "import sys\n"
         "sys.modules['rich'] = sys.modules['rich.console'] = sys.modules['matplotlib'] = None\n"
         "from saccade.__main__ import main\n"
-        f"raise SystemExit(main(['bench', '--quick', '--only', 'molecules', '--threads', '1', '--out', {str(tmp_path)!r}]))"
+        "options = ['--quick', '--only', 'molecules', '--threads', '1']\n"
+        f"raise SystemExit(main(['bench', *options, '--out', {str(tmp_path)!r}]))"
     )
     result = call(code=code)
     assert result.returncode == 0, result.stderr
@@ -72,7 +75,9 @@ def test_bench_works_without_rich_and_matplotlib(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".json"}
 
 
-@pytest.mark.parametrize(("arguments", "status"), [((), 2), (("nonsense",), 2), (("doctor", "x"), 2), (("--help",), 0)])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [((), 2), (("nonsense",), 2), (("doctor", "x"), 2), (("--help",), 0)]
+)
 def test_usage(arguments: tuple[str, ...], status: int) -> None:
     result = call(*arguments)
     assert result.returncode == status

@@ -1,4 +1,4 @@
-"""The language-model example: the swap changes neither weights nor losses, and a short run leaves its results."""
+"""The language-model example: the swap changes neither weights nor losses; a run leaves its results."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import saccade
+import torch
 
 FOLDER = Path(__file__).parents[1] / "examples/language_model"
 
@@ -45,13 +44,26 @@ def test_kinds_differ(variants) -> None:
     """A window that sees everything would be no comparison."""
     text = torch.arange(64)[None]
     with torch.no_grad():
-        full, causal, windowed = (variants.build(f"{kind}-saccade")(text) for kind in ("full", "causal", "windowed"))
+        full, causal, windowed = (
+            variants.build(f"{kind}-saccade")(text) for kind in ("full", "causal", "windowed")
+        )
     torch.testing.assert_close(full, causal, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(full[:, :16], windowed[:, :16], atol=1e-4) and not torch.allclose(full, windowed, atol=1e-4)
+    assert torch.allclose(full[:, :16], windowed[:, :16], atol=1e-4) and not torch.allclose(
+        full, windowed, atol=1e-4
+    )
 
 
 def test_a_short_run_leaves_table_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "1", "--kinds", "windowed", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(FOLDER / "run.py"),
+        "--steps",
+        "1",
+        "--kinds",
+        "windowed",
+        "--out",
+        str(tmp_path),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for part in ("windowed", "torch ms", "saccade ms", "MiB", "loss"):
@@ -67,5 +79,7 @@ def test_a_short_run_leaves_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_bad_steps() -> None:
-    result = subprocess.run([sys.executable, str(FOLDER / "run.py"), "--steps", "0"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(FOLDER / "run.py"), "--steps", "0"], capture_output=True, text=True
+    )
     assert result.returncode == 2 and "at least 1" in result.stderr

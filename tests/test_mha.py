@@ -247,6 +247,20 @@ def test_output_is_contiguous_and_inputs_untouched() -> None:
         torch.testing.assert_close(out, ours(*[x.contiguous()] * 3)[0])
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kwargs", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_forward_copies_nothing(first: bool, kwargs: dict[str, Any]) -> None:
+    """q, k, v are views of one product; the kernel writes what the next product reads; nothing is joined."""
+    ours = MultiheadAttention(16, 4, bias=False, batch_first=first, **kwargs)  # addmm copies the bias
+    x = torch.randn(3, 5, 16)
+    for training in (False, True):
+        with torch.set_grad_enabled(training), torch.profiler.profile() as profile:
+            ours(x, x, x, need_weights=False)
+        names = [e.name for e in profile.events()]
+        assert names.count("aten::linear") == 2 and "saccade::forward" in names
+        assert not {"aten::copy_", "aten::cat", "aten::clone", "aten::contiguous"} & set(names)
+
+
 def test_weights_read_at_every_call() -> None:
     theirs, ours = twins(8, 2, batch_first=True)
     x = torch.randn(2, 5, 8).double()

@@ -171,10 +171,10 @@ SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
 }
 
 // The rows with those of dead edges replaced by zeros.
-template <typename T, typename S>
-SACCADE_FORCE EdgeRows<S> live_rows(const EdgeRows<S>& rows, const T* weight, int64_t n, const S* zeros) {
+template <typename T, typename S, typename W>
+SACCADE_FORCE EdgeRows<S> live_rows(const EdgeRows<S>& rows, W weight, int64_t n, const S* zeros) {
   EdgeRows<S> live;
-  for (int64_t e = 0; e < n; ++e) live.at[e] = weight[e] != T(0) ? rows.row(e) : zeros;
+  for (int64_t e = 0; e < n; ++e) live.at[e] = weight(e) != T(0) ? rows.row(e) : zeros;
   return live;
 }
 

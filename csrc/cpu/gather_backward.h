@@ -12,8 +12,9 @@ template <typename T>
 struct EdgeNumbers {
   T *weight, *score, *logit;  // [B][E][H]: after dropout; gradient of the bare score; of the natural logit
                               // (with edge_bias only)
-  T *pieces, *dweight;        // cut rows; partial gradients of the score's weight, [B x items][H][D]
-  T* columns;                 // cut columns
+  T* pieces;
+  double* dweight;  // cut rows; partial gradients of the score's weight, [B x items][H][D]
+  T* columns;       // cut columns
 
   static int64_t piece_size(const GatherParams& p) {
     return p.heads * (round_up(p.head_dim, kLanes<T>) + round_up(p.edge_dim, kLanes<T>));
@@ -29,7 +30,7 @@ struct EdgeNumbers {
     score = a.take<T>(numbers);
     logit = a.take<T>(p.needs & kNeedEdgeBias ? numbers : 0);
     pieces = a.take<T>(p.batch * items * 2 * piece_size(p));
-    dweight = a.take<T>(p.weight ? p.batch * items * p.heads * p.head_dim : 0);
+    dweight = a.take<double>(p.weight ? p.batch * items * p.heads * p.head_dim : 0);
     columns = a.take<T>(p.batch * t_items * 2 * column_size(p));
   }
 };
@@ -38,7 +39,7 @@ struct EdgeNumbers {
 // gradient towards q (or k).
 template <typename T, typename S, typename G>
 static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q, const EdgeRows<S>& rows,
-                                   int64_t n, T* y, T* dw, G g) {
+                                   int64_t n, T* y, double* dw, G g) {
   constexpr int L = kLanes<T>;
   const T slope = T(p.slope);
   for (int64_t c = 0; c < p.head_dim; c += L) {
@@ -62,7 +63,7 @@ static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q
     }
     store(y + c, sum);
     if (dw)
-      for (int64_t l = 0; l < width; ++l) dw[c + l] += sum_w[int(l)];
+      for (int64_t l = 0; l < width; ++l) dw[c + l] += double(sum_w[int(l)]);
   }
 }
 
@@ -72,8 +73,9 @@ struct RowPass {
   int64_t b;
   GatherScratch<T, S>& w;
   EdgeNumbers<T>& numbers;
-  T *dout, *dout_edge, *out, *dq, *dqe, *dW;  // [H][ld]; dq and dqe one piece
-  T *lse2, *delta, *cap, *dP, *g;
+  T *dout, *dout_edge, *out, *dq, *dqe;  // [H][ld]; dq and dqe one piece
+  double* dW;
+  T *lse2, *low, *delta, *cap, *dP, *g;
   int64_t ldv;
 
   void prepare(int64_t row) {
@@ -81,11 +83,10 @@ struct RowPass {
     if (p.edge_dim) read_heads(p.dout_edge, b, row, p.heads, p.edge_dim, w.lde, dout_edge);
     w.read_queries(p, b, row);
     for (int64_t h = 0; h < p.heads; ++h) {
-      lse2[h] = delta[h] = T(0);
+      lse2[h] = low[h] = delta[h] = T(0);
       if (!is_softmax(p)) continue;
       const int64_t at = b * p.lse_batch + h * p.lse_head + row;
-      const T lse = static_cast<const T*>(p.lse)[at];
-      lse2[h] = lse == -kInf<T> ? kInf<T> : lse * T(kLog2e);
+      split_lse(p.lse[at], lse2[h], low[h]);
       T sum = T(0);
       read_row(out, row_at(p.out, b, h, row), p.out.dtype, p.out.col, p.head_dim_v);
       for (int64_t c = 0; c < p.head_dim_v; ++c) sum += out[c] * dout[h * ldv + c];
@@ -93,7 +94,7 @@ struct RowPass {
         read_row(out, row_at(p.out_edge, b, h, row), p.out_edge.dtype, p.out_edge.col, p.edge_dim);
         for (int64_t c = 0; c < p.edge_dim; ++c) sum += out[c] * dout_edge[h * w.lde + c];
       }
-      delta[h] = sum - (p.dlse ? static_cast<const T*>(p.dlse)[at] : T(0));
+      delta[h] = sum - (p.dlse ? T(p.dlse[at]) : T(0));
     }
   }
 
@@ -139,7 +140,7 @@ struct RowPass {
       const Vec<T> logit = load(w.s + c), drop = load(z + c), d = load(dP + c) * drop, none{};
       Vec<T> weight, grad;
       if (is_softmax(p)) {
-        weight = exp2v<T>(logit * T(kLog2e) - lse2[h]);
+        weight = exp2v<T>((logit * T(kLog2e) - lse2[h]) - low[h]);
         grad = weight * (d - delta[h]);
       } else {
         weight = activate<T>(p.activation, logit);
@@ -165,14 +166,14 @@ struct RowPass {
     }
     if (p.needs & kNeedEdgeBias)
       for (int64_t e = 0; e < e16.n; ++e) numbers.logit[to + e * p.heads] = dP[e];
-    const EdgeRows<S> keys = all_edges_live(p) ? w.rows : live_rows<T, S>(w.rows, g, e16.n, w.zeros);
     const T* grad = g;
     const auto factor = [grad](int64_t e) { return grad[e]; };
+    const EdgeRows<S> keys = all_edges_live(p) ? w.rows : live_rows<T, S>(w.rows, factor, e16.n, w.zeros);
     if (p.score == Score::kDot) {
       edge_sum<T, S>(dq + h * w.ldq, keys, e16.n, p.head_dim, factor);
       if (p.edge_dim)
-        edge_sum<T, T>(dqe + h * w.lde, live_rows<T, T>(w.feature_rows, g, e16.n, w.zero_features), e16.n,
-                       p.edge_dim, factor);
+        edge_sum<T, T>(dqe + h * w.lde, live_rows<T, T>(w.feature_rows, factor, e16.n, w.zero_features),
+                       e16.n, p.edge_dim, factor);
     } else {
       additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, w.q + h * w.ldq, keys,
                                    e16.n, dq + h * w.ldq, dW + h * p.head_dim, factor);
@@ -193,7 +194,7 @@ static void write_queries(const GatherParams& p, int64_t b, int64_t row, const T
 template <typename T, typename S>
 struct RowPassScratch {
   GatherScratch<T, S> w;
-  T *dout, *dout_edge, *out, *piece, *lse2, *delta, *cap, *dP, *g;
+  T *dout, *dout_edge, *out, *piece, *lse2, *low, *delta, *cap, *dP, *g;
   int64_t ldv;
   RowPassScratch(const GatherParams& p, Arena& a) : w(p, a), ldv(round_up(p.head_dim_v, kLanes<T>)) {
     dout = a.take<T>(p.heads * ldv);
@@ -201,6 +202,7 @@ struct RowPassScratch {
     out = a.take<T>(ldv + w.lde);
     piece = a.take<T>(EdgeNumbers<T>::piece_size(p));
     lse2 = a.take<T>(p.heads);
+    low = a.take<T>(p.heads);
     delta = a.take<T>(p.heads);
     cap = a.take<T>(kEdgeLanes);
     dP = a.take<T>(kEdgeLanes);
@@ -215,15 +217,15 @@ static void gather_rows_item(const GatherParams& p, int64_t item, char* scratch,
   Arena arena{scratch}, shared{workspace};
   RowPassScratch<T, S> x(p, arena);
   EdgeNumbers<T> numbers(p, shared);
-  T* dW = p.weight ? numbers.dweight + item * p.heads * p.head_dim : nullptr;
-  if (dW) memset(dW, 0, size_t(p.heads * p.head_dim) * sizeof(T));
+  double* dW = p.weight ? numbers.dweight + item * p.heads * p.head_dim : nullptr;
+  if (dW) memset(dW, 0, size_t(p.heads * p.head_dim) * sizeof(double));
   split.for_each(t, [&](RowSplit::Piece piece) {
     const bool entire = piece.first && piece.last;
     T* dq = entire ? x.piece : shared_piece(numbers.pieces, size, split.items(), b, t, piece.first ? 1 : 0);
     memset(dq, 0, size_t(size) * sizeof(T));
     T* dqe = dq + p.heads * x.w.ldq;
-    RowPass<T, S> pass{p,   b,  x.w,    numbers, x.dout, x.dout_edge, x.out, dq,
-                       dqe, dW, x.lse2, x.delta, x.cap,  x.dP,        x.g,   x.ldv};
+    RowPass<T, S> pass{p,  b,      x.w,   numbers, x.dout, x.dout_edge, x.out, dq,   dqe,
+                       dW, x.lse2, x.low, x.delta, x.cap,  x.dP,        x.g,   x.ldv};
     pass.prepare(piece.row);
     pass.piece(piece);
     if (entire) write_queries<T>(p, b, piece.row, dq, dqe, x.w.ldq, x.w.lde);
@@ -270,6 +272,10 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
   Arena arena{scratch}, shared{workspace};
   EdgeNumbers<T> numbers(p, shared);
   T *own = arena.take<T>(size), *keys = arena.take<T>(p.heads_k * ldk);
+  const bool live = all_edges_live(p);
+  const int64_t widest = max64(p.head_dim, p.head_dim_v);
+  S* zeros = arena.take<S>(widest);
+  memset(zeros, 0, size_t(widest) * sizeof(S));
   split.for_each(t, [&](RowSplit::Piece piece) {
     const bool entire = piece.first && piece.last;
     T* sums = entire ? own : shared_piece(numbers.columns, size, split.items(), b, t, piece.first ? 1 : 0);
@@ -299,13 +305,15 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
         prefetch_rows<S>(p.dout, b, h, later, ahead, p.head_dim_v);
         const auto grad = [&grads, h](int64_t e) { return grads[e][h]; };
         const auto weight = [&weights, h](int64_t e) { return weights[e][h]; };
+        const EdgeRows<S> live_queries = live ? queries : live_rows<T, S>(queries, grad, n, zeros);
+        const EdgeRows<S> live_douts = live ? douts : live_rows<T, S>(douts, weight, n, zeros);
         T* dk = sums + h / group * ldk;
         if (p.score == Score::kDot)
-          edge_sum<T, S>(dk, queries, n, p.head_dim, grad);
+          edge_sum<T, S>(dk, live_queries, n, p.head_dim, grad);
         else
           additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim,
-                                       keys + h / group * ldk, queries, n, dk, nullptr, grad);
-        edge_sum<T, S>(sums + p.heads_k * ldk + h / group * ldv, douts, n, p.head_dim_v, weight);
+                                       keys + h / group * ldk, live_queries, n, dk, nullptr, grad);
+        edge_sum<T, S>(sums + p.heads_k * ldk + h / group * ldv, live_douts, n, p.head_dim_v, weight);
       }
     }
     if (entire) write_keys<T>(p, b, piece.row, sums, ldk, ldv);
@@ -342,9 +350,9 @@ static void gather_edges_item(const GatherParams& p, int64_t item, char* scratch
     const int64_t n = H * p.head_dim, parts = p.batch * RowSplit(p.indptr, p.seqlen_q, p.edges).items();
     T* dw = static_cast<T*>(p.dweight);
     for (int64_t x = 0; x < n; ++x) {
-      T sum = T(0);
+      double sum = 0;
       for (int64_t part = 0; part < parts; ++part) sum += numbers.dweight[part * n + x];
-      dw[x] = sum;
+      dw[x] = T(sum);
     }
     return;
   }
@@ -396,6 +404,7 @@ static Plan<GatherParams> gather_backward_plan(const GatherParams& p) {
   const EdgeNumbers<T> numbers(p, shared);
   b.take<T>(EdgeNumbers<T>::column_size(p));
   b.take<T>(p.heads_k * round_up(p.head_dim, kLanes<T>));
+  b.take<S>(max64(p.head_dim, p.head_dim_v));
   b.take<T>(3 * round_up(p.edge_dim, kLanes<T>) + 64);
   plan.scratch_bytes = a.used > b.used ? a.used : b.used;
   plan.workspace_bytes = shared.used;

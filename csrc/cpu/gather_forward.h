@@ -192,11 +192,11 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
       if (p.dropout_p > 0)
         for (int64_t e = 0; e < g.n; ++e) s[e] *= dropout_factor<T>(p, b, h, piece.row, g.key[e]);
       const auto weight = [s](int64_t e) { return s[e]; };
-      edge_sum<T, S>(state.O + h * state.ldo, live ? values : live_rows<T, S>(values, s, g.n, w.zeros), g.n,
-                     p.head_dim_v, weight);
+      edge_sum<T, S>(state.O + h * state.ldo, live ? values : live_rows<T, S>(values, weight, g.n, w.zeros),
+                     g.n, p.head_dim_v, weight);
       if (p.edge_dim)
-        edge_sum<T, T>(state.E + h * state.lde, live_rows<T, T>(w.feature_rows, s, g.n, w.zero_features), g.n,
-                       p.edge_dim, weight);
+        edge_sum<T, T>(state.E + h * state.lde, live_rows<T, T>(w.feature_rows, weight, g.n, w.zero_features),
+                       g.n, p.edge_dim, weight);
     }
   }
 }
@@ -206,16 +206,15 @@ static void finish_row(const GatherParams& p, int64_t b, int64_t row, GatherStat
   for (int64_t h = 0; h < p.heads; ++h) {
     T *O = s.O + h * s.ldo, *E = s.E + h * s.lde;
     if (is_softmax(p)) {
-      T top = s.m[h], sum = s.l[h], mine = T(1);
+      double top = double(s.m[h]), sum = double(s.l[h]), mine = 1;
       if (has_sink(p)) {
-        const T sink = sink_of<T>(p, h), pivot = top > sink ? top : sink;
-        mine = top == -kInf<T> ? T(0) : T(exp(top - pivot));
-        sum = sum * mine + (sink == -kInf<T> ? T(0) : T(exp(sink - pivot)));
+        const double sink = double(sink_of<T>(p, h)), pivot = top > sink ? top : sink;
+        mine = top == -kInf<double> ? 0 : exp(top - pivot);
+        sum = sum * mine + (sink == -kInf<double> ? 0 : exp(sink - pivot));
         top = pivot;
       }
-      const T share = sum == T(0) ? T(0) : mine / sum;
-      static_cast<T*>(p.lse)[b * p.lse_batch + h * p.lse_head + row] =
-          sum == T(0) ? -kInf<T> : top + T(log(sum));
+      const T share = sum == 0 ? T(0) : T(mine / sum);
+      p.lse[b * p.lse_batch + h * p.lse_head + row] = sum == 0 ? -kInf<double> : top + log(sum);
       for (int64_t c = 0; c < p.head_dim_v; ++c) O[c] *= share;
       for (int64_t c = 0; c < p.edge_dim; ++c) E[c] *= share;
     }

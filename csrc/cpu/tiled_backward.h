@@ -13,7 +13,7 @@ struct BackwardBuffers {
   using T = typename M::T;
   using E = typename M::Element;
   int64_t ld, ldv;  // padded row lengths of queries and dout
-  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse2, *delta, *dQ;
+  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse2, *lse2_low, *delta, *dQ;
   E *queries, *douts, *keys, *values, *columns, *weights, *query_rows, *dout_rows;
   bool* dead;
 
@@ -30,6 +30,7 @@ struct BackwardBuffers {
     block_do = a.take<T>(kBlockM * ldv);
     block_o = a.take<T>(kBlockM * (ld > ldv ? ld : ldv));
     lse2 = a.take<T>(kBlockM);
+    lse2_low = a.take<T>(kBlockM);
     delta = a.take<T>(kBlockM);
     dQ = a.take<T>(round_up(D, kRowPad) * kBlockM);
     queries = a.take<E>(M::packed_size(D, kBlockM));
@@ -59,13 +60,13 @@ struct BackwardBlock {
     douts = M::pack_columns(dos.p, dos.ld, q.rows, q.lanes, Dv, w.douts);
     query_rows = M::pack_rows(qs.p, qs.ld, q.rows, w.ld, w.query_rows);
     dout_rows = M::pack_rows(dos.p, dos.ld, q.rows, w.ldv, w.dout_rows);
-    for (int64_t i = 0; i < q.lanes; ++i) w.lse2[i] = kInf<T>, w.delta[i] = T(0);
+    for (int64_t i = 0; i < q.lanes; ++i) w.lse2[i] = kInf<T>, w.lse2_low[i] = w.delta[i] = T(0);
     if (!is_softmax(p)) return;
-    const T* lse = lse_at<T>(p, p.lse, q);
-    const T* dlse = p.dlse ? lse_at<T>(p, p.dlse, q) : nullptr;
+    const double* lse = lse_at(p, p.lse, q);
+    const double* dlse = p.dlse ? lse_at(p, p.dlse, q) : nullptr;
     const Matrix<T> outs = block_rows<T>(p.out, q, Dv, w.ldv, w.block_o);
     for (int64_t i = 0; i < q.rows; ++i) {
-      if (lse[i] != -kInf<T>) w.lse2[i] = lse[i] * T(kLog2e);
+      split_lse(lse[i], w.lse2[i], w.lse2_low[i]);
       Vec<T> sum{};
       T rest = T(0);
       int64_t d = 0;
@@ -73,7 +74,7 @@ struct BackwardBlock {
         sum += load(dos.p + i * dos.ld + d) * load(outs.p + i * outs.ld + d);
       for (; d < Dv; ++d) rest += dos.p[i * dos.ld + d] * outs.p[i * outs.ld + d];
       for (int l = 0; l < kLanes<T>; ++l) rest += sum[l];
-      w.delta[i] = rest - (dlse ? dlse[i] : T(0));
+      w.delta[i] = rest - (dlse ? T(dlse[i]) : T(0));
     }
   }
 };
@@ -86,14 +87,14 @@ static void weigh_tile(const GradParams& p, const QueryBlock& q, int64_t n, Back
   const T factor = T(exponent_factor(p)), unit = T(exponent_factor(p) * kLn2);
   const bool softmax = is_softmax(p), drop = p.dropout_p > 0;
   for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
-    const Vec<T> lse2 = load(w.lse2 + i), delta = load(w.delta + i);
+    const Vec<T> lse2 = load(w.lse2 + i), low = load(w.lse2_low + i), delta = load(w.delta + i);
     for (int64_t j = 0; j < n; ++j) {
       T *s = w.S + j * q.lanes + i, *d = w.dP + j * q.lanes + i;
       const Vec<T> logit = load(s), z = drop ? load(w.Z + j * q.lanes + i) : splat<T>(T(1));
       const Vec<T> dP = drop ? load(d) * z : load(d);
       Vec<T> weight, grad;
       if (softmax) {
-        weight = exp2v<T>(logit * factor - lse2);
+        weight = exp2v<T>((logit * factor - lse2) - low);
         grad = weight * (dP - delta);
       } else {
         weight = activate<T>(p.activation, logit * unit);
@@ -158,7 +159,7 @@ SACCADE_FORCE T lane_sum(Vec<T> v) {
 // Gradients of w . phi(q + k) from w.dP; dK rows are `ld` apart.
 template <typename T>
 static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t n, Broadcast<T> keys,
-                              const T* queries, const T* dS, T* dQ, T* dK, int64_t ld, T* dW) {
+                              const T* queries, const T* dS, T* dQ, T* dK, int64_t ld, double* dW) {
   const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
   const T slope = T(p.slope);
   for (int64_t j = 0; j < n; ++j)
@@ -183,7 +184,7 @@ static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t 
         store(dQ + d * q.lanes + i, load(dQ + d * q.lanes + i) + dx);
       }
       dK[j * ld + d] += lane_sum<T>(dk);
-      dW[d] += lane_sum<T>(dw);
+      dW[d] += double(lane_sum<T>(dw));
     }
 }
 
@@ -208,15 +209,16 @@ SACCADE_FORCE bool meets(const QueryBlock& q, Interval run) {
 // in order.
 template <typename T>
 struct Parts {
-  T *dQ, *rel, *weight, *extra_k, *extra_v;
-  int64_t rows;  // query rows over all sequences and heads
+  T *dQ, *extra_k, *extra_v;
+  double *rel, *weight;  // long sums
+  int64_t rows;          // query rows over all sequences and heads
 
   Parts(const GradParams& p, Arena& a) {
     const int64_t runs = key_runs(p), parts = p.batch * runs;
     rows = p.batch * p.heads * round_up(p.seqlen_q, kBlockM);
     dQ = a.take<T>((p.needs & kNeedQ) && runs > 1 ? runs * rows * p.head_dim : 0);
-    rel = a.take<T>(p.needs & kNeedRelBias ? parts * p.heads * p.rel_size : 0);
-    weight = a.take<T>(p.weight ? parts * p.heads * p.head_dim : 0);
+    rel = a.take<double>(p.needs & kNeedRelBias ? parts * p.heads * p.rel_size : 0);
+    weight = a.take<double>(p.weight ? parts * p.heads * p.head_dim : 0);
     extra_k = a.take<T>(p.extra_k ? p.batch * p.heads * round_up(p.head_dim, 16) : 0);
     extra_v = a.take<T>(p.extra_k ? p.batch * p.heads * round_up(p.head_dim_v, 16) : 0);
   }
@@ -252,7 +254,7 @@ struct KeySums {
 template <typename M>
 static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t,
                           const BackwardBlock<M>& block, BackwardBuffers<M>& w, KeySums<typename M::T> sums,
-                          typename M::T* dRel, typename M::T* dW) {
+                          double* dRel, double* dW) {
   using T = typename M::T;
   const int64_t D = p.head_dim;
   const TileOperands<M> o = gradient_tile<M>(p, q, t, block, w);
@@ -260,7 +262,7 @@ static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTil
   M::template product<true>(t.n, sums.ldv, q.rows, weights, block.dout_rows, sums.dV, sums.ldv);
   if (dRel && !t.extra)
     for (int64_t j = 0; j < t.n; ++j) {
-      T* r = dRel + rel_index<T>(p, q, t.j0 + j, 0);
+      double* r = dRel + rel_index<T>(p, q, t.j0 + j, 0);
       for (int64_t i = 0; i < q.rows; ++i) r[-i] += w.dP[j * q.lanes + i];
     }
   score_gradient<M>(p, q, t.n, w);
@@ -304,10 +306,11 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
   memset(sums.dK, 0, size_t(held * w.ld) * sizeof(T));
   memset(sums.dV, 0, size_t(held * w.ldv) * sizeof(T));
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
-    T* dRel = p.needs & kNeedRelBias ? parts.rel + ((b * runs + run) * p.heads + h) * p.rel_size : nullptr;
-    T* dW = p.weight ? parts.weight + ((b * runs + run) * p.heads + h) * D : nullptr;
-    if (dRel) memset(dRel, 0, size_t(p.rel_size) * sizeof(T));
-    if (dW) memset(dW, 0, size_t(D) * sizeof(T));
+    double* dRel =
+        p.needs & kNeedRelBias ? parts.rel + ((b * runs + run) * p.heads + h) * p.rel_size : nullptr;
+    double* dW = p.weight ? parts.weight + ((b * runs + run) * p.heads + h) * D : nullptr;
+    if (dRel) memset(dRel, 0, size_t(p.rel_size) * sizeof(double));
+    if (dW) memset(dW, 0, size_t(D) * sizeof(double));
     memset(extra.dK, 0, size_t(kRowPad * w.ld) * sizeof(T));
     memset(extra.dV, 0, size_t(kRowPad * w.ldv) * sizeof(T));
     for (int64_t m = 0; m * kBlockM < seq.seqlen_q; ++m) {
@@ -368,13 +371,12 @@ static void reduce_queries(const GradParams& p, int64_t item, char* scratch, cha
   store_queries<M>(p, q, w);
 }
 
-template <typename T>
-static void sum_parts(const T* parts, int64_t count, int64_t part_stride, int64_t n, void* out) {
-  T* o = static_cast<T*>(out);
+template <typename T, typename Part>
+static void sum_parts(const Part* parts, int64_t count, int64_t part_stride, int64_t n, T* out) {
   for (int64_t x = 0; x < n; ++x) {
     double sum = 0;
-    for (int64_t c = 0; c < count; ++c) sum += parts[c * part_stride + x];
-    o[x] = T(sum);
+    for (int64_t c = 0; c < count; ++c) sum += double(parts[c * part_stride + x]);
+    out[x] = T(sum);
   }
 }
 

@@ -102,10 +102,18 @@ SACCADE_FORCE T sink_of(const Params& p, int64_t h) {
   return p.sink ? static_cast<const T*>(p.sink)[h] : T(0);
 }
 
+template <typename L>
+SACCADE_FORCE L* lse_at(const Params& p, L* lse, const QueryBlock& q) {
+  return lse + q.b * p.lse_batch + q.h * p.lse_head + q.seq.q_begin + q.i0;
+}
+
+// lse in base 2 as the sum of two numbers; +inf for a row without keys, so that its weights come out 0. One T
+// would round by eps |lse|, which every weight of the row would inherit.
 template <typename T>
-SACCADE_FORCE T* lse_at(const Params& p, const void* lse, const QueryBlock& q) {
-  return static_cast<T*>(const_cast<void*>(lse)) + q.b * p.lse_batch + q.h * p.lse_head + q.seq.q_begin +
-         q.i0;
+SACCADE_FORCE void split_lse(double lse, T& high, T& low) {
+  const double base2 = lse * kLog2e;
+  high = lse == -kInf<double> ? kInf<T> : T(base2);
+  low = lse - lse == 0 ? T(base2 - double(high)) : T(0);
 }
 
 // Scales O[d][i] by x[i].
@@ -132,19 +140,20 @@ static void store_transposed(const Rows& x, const QueryBlock& q, const T* O, int
 // Adds the sink, normalises, writes out and lse.
 template <typename T>
 static void finish_block(const Params& p, const QueryBlock& q, State<T> s, T* alpha, T* buffer) {
-  const T unit = T(exponent_factor(p) * kLn2);  // natural logit = S * unit
   if (is_softmax(p)) {
-    T* lse = lse_at<T>(p, p.lse, q);
+    const double unit =
+        double(T(exponent_factor(p))) * kLn2;  // natural logit = S * unit, S times the factor as it was used
+    double* lse = lse_at(p, p.lse, q);
     for (int64_t i = 0; i < q.lanes; ++i) {
-      T top = s.m[i] == -kInf<T> ? -kInf<T> : s.m[i] * unit, sum = s.l[i], mine = T(1);
+      double top = s.m[i] == -kInf<T> ? -kInf<double> : double(s.m[i]) * unit, sum = double(s.l[i]), mine = 1;
       if (has_sink(p)) {
-        const T sink = sink_of<T>(p, q.h), pivot = top > sink ? top : sink;
-        mine = pivot == -kInf<T> ? T(0) : T(exp(top - pivot));
-        sum = sum * mine + (pivot == -kInf<T> ? T(0) : T(exp(sink - pivot)));
+        const double sink = double(sink_of<T>(p, q.h)), pivot = top > sink ? top : sink;
+        mine = pivot == -kInf<double> ? 0 : exp(top - pivot);
+        sum = sum * mine + (pivot == -kInf<double> ? 0 : exp(sink - pivot));
         top = pivot;
       }
-      alpha[i] = sum == T(0) ? T(0) : mine / sum;
-      if (i < q.rows) lse[i] = sum == T(0) ? -kInf<T> : top + T(log(sum));
+      alpha[i] = sum == 0 ? T(0) : T(mine / sum);
+      if (i < q.rows) lse[i] = sum == 0 ? -kInf<double> : top + log(sum);
     }
     scale_lanes(s.O, p.head_dim_v, q.lanes, alpha);
   }

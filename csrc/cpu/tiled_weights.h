@@ -22,13 +22,10 @@ template <typename M>
 static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffers<M>& w) {
   using T = typename M::T;
   const T factor = T(exponent_factor(p)), unit = T(exponent_factor(p) * kLn2);
-  T lse[kBlockM];
-  for (int64_t i = 0; i < q.lanes; ++i) lse[i] = kInf<T>;
+  T lse2[kBlockM], low[kBlockM];
+  for (int64_t i = 0; i < q.lanes; ++i) lse2[i] = kInf<T>, low[i] = T(0);
   if (is_softmax(p))
-    for (int64_t i = 0; i < q.rows; ++i) {
-      const T value = lse_at<T>(p, p.lse, q)[i];
-      if (value != -kInf<T>) lse[i] = value;
-    }
+    for (int64_t i = 0; i < q.rows; ++i) split_lse(lse_at(p, p.lse, q)[i], lse2[i], low[i]);
   const Matrix<T> rows = block_rows<T>(p.q, q, p.head_dim, p.head_dim, w.tile.block);
   const typename M::B queries = M::pack_columns(rows.p, rows.ld, q.rows, q.lanes, p.head_dim, w.tile.queries);
   const auto one_tile = [&](const KeyTile& t) {
@@ -42,7 +39,7 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
       for (int64_t j = 0; j < t.n; ++j)
         for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
           T* s = S + j * q.lanes + i;
-          store(s, exp2v<T>(load(s) * factor - load(lse + i) * T(kLog2e)));
+          store(s, exp2v<T>((load(s) * factor - load(lse2 + i)) - load(low + i)));
         }
     } else {
       activate_tile(p.activation, S, t.n * q.lanes, unit);
@@ -64,7 +61,7 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
       const int64_t j = p.columns - 1;
       const bool kept =
           p.dropout_p == 0 || dropout_keeps(p.seed, dropout_threshold(p.dropout_p), q.b, q.h, q.i0 + i, j);
-      if (kept) w.rows[i * p.columns + j] += T(exp(-lse[i])) * T(1 / (1 - p.dropout_p));
+      if (kept) w.rows[i * p.columns + j] += T(exp(-lse_at(p, p.lse, q)[i])) * T(1 / (1 - p.dropout_p));
     }
 }
 

@@ -1,4 +1,4 @@
-"""A small decoder-only Transformer over bytes, in plain torch, and its training on the sources of Python's library."""
+"""A small decoder-only Transformer over bytes, in plain torch, trained on the sources of Python's library."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Trains a small Transformer with torch's attention and with saccade's, and shows both: `python run.py [--steps N]`.
+"""Trains a small Transformer with torch's attention and with saccade's, and shows both.
 
-The model is plain torch, with `nn.MultiheadAttention` (model.py). For the full and the causal mask the swap is one line,
-`saccade.accelerate(model)` (variants.py); the windowed model is built with `saccade.nn.MultiheadAttention(window=...)` and
-compared with torch's under a banded mask. Seed, initial weights and text are the same, so the loss must be too.
+The model is plain torch, with `nn.MultiheadAttention` (model.py). For the full and the causal mask the swap
+is one line, `saccade.accelerate(model)` (variants.py); the windowed model is built with
+`saccade.nn.MultiheadAttention(window=...)` and compared with torch's under a banded mask. Seed, initial
+weights and text are the same, so the loss must be too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 KINDS = {
     "full": "torch's module with a dense causal mask; the same module after saccade.accelerate(model)",
     "causal": "the same with is_causal=True, so that torch may skip what the mask hides",
-    "windowed": "each position sees 128: torch with a banded mask; saccade.nn.MultiheadAttention(window=(127, 0))",
+    "windowed": "each position sees 128: torch with a banded mask; saccade.nn.MultiheadAttention(window=...)",
 }
 WARM = 2  # first steps, which start threads and touch memory for the first time, are not in the time per step
 
@@ -48,7 +49,12 @@ class Progress:
         except ImportError:
             self._bar: Any = None
             return
-        columns = (TextColumn("{task.description:<46}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<46}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns)
         self._task = self._bar.add_task("", total=total)
 
@@ -93,8 +99,20 @@ def train(name: str, steps: int, progress: Progress) -> Run:
     return run
 
 
-HEAD = ["attention", "torch ms", "saccade ms", "faster", "torch MiB", "saccade MiB", "torch loss", "saccade loss", "apart"]
-TITLE = "Per training step: median time. Per process: peak memory. Last loss, and the largest difference at any step."
+HEAD = [
+    "attention",
+    "torch ms",
+    "saccade ms",
+    "faster",
+    "torch MiB",
+    "saccade MiB",
+    "torch loss",
+    "saccade loss",
+    "apart",
+]
+TITLE = (
+    "Median time of a training step, peak memory of the process, last loss, largest difference at any step"
+)
 
 
 def kinds_of(runs: dict[str, Run]) -> list[str]:
@@ -107,11 +125,19 @@ def table(runs: dict[str, Run]) -> list[list[str]]:
     for kind in kinds_of(runs):
         ours, theirs = runs[f"{kind}-saccade"], runs[kind]
         apart = max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True))
-        rows.append([
-            kind, f"{theirs.step_ms:.0f}", f"{ours.step_ms:.0f}", f"{theirs.step_ms / ours.step_ms:.2f} x",
-            f"{theirs.peak_mib:.0f}", f"{ours.peak_mib:.0f}", f"{theirs.losses[-1]:.4f}", f"{ours.losses[-1]:.4f}",
-            f"{apart:.1e}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                kind,
+                f"{theirs.step_ms:.0f}",
+                f"{ours.step_ms:.0f}",
+                f"{theirs.step_ms / ours.step_ms:.2f} x",
+                f"{theirs.peak_mib:.0f}",
+                f"{ours.peak_mib:.0f}",
+                f"{theirs.losses[-1]:.4f}",
+                f"{ours.losses[-1]:.4f}",
+                f"{apart:.1e}",
+            ]
+        )
     return rows
 
 
@@ -131,7 +157,9 @@ def show(rows: list[list[str]]) -> None:
             print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)))
         print(caption([row[0] for row in rows]))
         return
-    grid = Table(title=TITLE, title_justify="left", caption=caption([row[0] for row in rows]), caption_justify="left")
+    grid = Table(
+        title=TITLE, title_justify="left", caption=caption([row[0] for row in rows]), caption_justify="left"
+    )
     for n, name in enumerate(HEAD):
         grid.add_column(name, justify="right" if n else "left")
     for row in rows:
@@ -168,7 +196,10 @@ def draw(path: Path, runs: dict[str, Run]) -> bool:
     curves.set(xlabel="step", ylabel="loss (nats per byte)", title="the same loss")
     curves.legend(fontsize=8)
     for ax, title, value in ((times, "ms per step", "step_ms"), (memory, "peak memory, MiB", "peak_mib")):
-        for shift, suffix, name, colour in ((-0.2, "", "torch", "#9aa5b1"), (0.2, "-saccade", "saccade", "#0b6e4f")):
+        for shift, suffix, name, colour in (
+            (-0.2, "", "torch", "#9aa5b1"),
+            (0.2, "-saccade", "saccade", "#0b6e4f"),
+        ):
             heights = [getattr(runs[kind + suffix], value) for kind in kinds]
             bars = ax.bar([n + shift for n in range(len(kinds))], heights, 0.4, label=name, color=colour)
             ax.bar_label(bars, fmt="%.0f", fontsize=8)
@@ -185,8 +216,12 @@ def main() -> None:
     """Train all, show the table, leave results/ behind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=40, help="training steps of each model (default 40)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="masks to compare (default all)")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the picture and the CSV")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="masks to compare (default all)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results", help="folder of the picture and the CSV"
+    )
     asked = parser.parse_args()
     if asked.steps < 1:
         parser.error(f"--steps: expected at least 1, got {asked.steps}")

@@ -10,11 +10,10 @@ import resource
 import sys
 from pathlib import Path
 
+import saccade
 import torch
 from model import CONTEXT, HEADS, WIDTH, WINDOW, LanguageModel, train
 from torch import Tensor
-
-import saccade
 
 
 def causal_mask() -> Tensor:

@@ -1,8 +1,8 @@
-"""`saccade.accelerate(model)` and `saccade.restore(model)`: swap torch's attention modules in place, and back.
+"""`saccade.accelerate(model)` and `saccade.restore(model)`: swap torch's attention modules, and back.
 
-A module is swapped by its class alone: it stays the same object, with its parameters, buffers, hooks, name and place in an
-optimizer. What restore needs is kept on the module itself, so that copies and pickles of an accelerated model stay
-accelerated and can be restored too.
+A module is swapped by its class alone: it stays the same object, with its parameters, buffers, hooks, name
+and place in an optimizer. What restore needs is kept on the module itself, so that copies and pickles of an
+accelerated model stay accelerated and can be restored too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 from . import nn
 
 # Exactly these types are swapped: a subclass may have changed what a call means.
-SWAPS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.MultiheadAttention: nn.MultiheadAttention}
+SWAPS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.MultiheadAttention: nn.MultiheadAttention
+}
 
 _UNDO = "_saccade_undo"  # on every module that was touched: {attribute: value before}
 
@@ -46,15 +48,15 @@ class Report:
 
 
 def accelerate(model: torch.nn.Module, *, verify: bool = True) -> Report:
-    """Swap every module of exactly type `torch.nn.MultiheadAttention` inside `model` (itself too) for saccade's, in place.
+    """Swap every module of exactly type `torch.nn.MultiheadAttention` inside `model`, itself too, in place.
 
-    Object identity, parameters, hooks, state_dict and optimizer state stay as they are. With `verify` each swapped module
-    must give what it gave before, output, weights and input gradients, on small random inputs; one that does not is put back
-    and reported. torch's random generators are left as they were.
+    Object identity, parameters, hooks, state_dict and optimizer state stay as they are. With `verify` each
+    swapped module must give what it gave before, output, weights and input gradients, on small random inputs;
+    one that does not is put back and reported. torch's random generators are left as they were.
 
-    `torch.nn.TransformerEncoderLayer` and `TransformerEncoder` have a fused inference path that never calls `self_attn`; it
-    is switched off around swapped modules. One visible effect: an encoder given `src_key_padding_mask` in eval returns
-    ordinary values at padded positions, as in training, where that path returned zeros.
+    `torch.nn.TransformerEncoderLayer` and `TransformerEncoder` have a fused inference path that never calls
+    `self_attn`; it is switched off around swapped modules. One visible effect: an encoder in eval with
+    `src_key_padding_mask` returns ordinary values at padded positions, as in training; that path gave zeros.
 
     Raises TypeError when `model` is not a module.
     """
@@ -96,7 +98,7 @@ def _shown(name: str) -> str:
     return name or "(the model itself)"
 
 
-def _obstacle(module: torch.nn.Module) -> str:
+def _obstacle(module: Any) -> str:
     """Why a module must not be swapped; empty when it may."""
     if isinstance(module, tuple(SWAPS.values())):
         return "runs on saccade already"
@@ -110,9 +112,11 @@ def _obstacle(module: torch.nn.Module) -> str:
     return ""
 
 
-def _swap(module: torch.nn.Module, verify: bool) -> str:
+def _swap(module: Any, verify: bool) -> str:
     """Swap one module; returns why it was put back, or nothing."""
-    checked = verify and not any(p.is_meta for p in module.parameters())  # without values there is nothing to compare
+    checked = verify and not any(
+        p.is_meta for p in module.parameters()
+    )  # without values there is nothing to compare
     before: dict[str, Any] | None = None
     if checked:
         try:
@@ -166,8 +170,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-# The check: two calls that between them use masks, padding, weights and gradients. A row always keeps its own key, so that
-# what torch answers to empty rows (sometimes NaN) does not matter.
+# The check: two calls that between them use masks, padding, weights and gradients. Every row keeps a key,
+# so that what torch answers to empty rows (sometimes NaN) does not matter.
 
 _QUERIES, _BATCH = 7, 2
 
@@ -175,10 +179,10 @@ _QUERIES, _BATCH = 7, 2
 def _inputs(module: Any, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Query, key, value and masks, from a generator of our own."""
     draw = torch.Generator().manual_seed(0)
-    device = module.out_proj.weight.device
+    device, own = module.out_proj.weight.device, module.out_proj.weight.dtype
     shape = (_BATCH, _QUERIES) if module.batch_first else (_QUERIES, _BATCH)
     query, key, value = (
-        torch.randn(*shape, dim, generator=draw).to(module.out_proj.weight.dtype).to(device, dtype).requires_grad_()
+        torch.randn(*shape, dim, generator=draw).to(own).to(device, dtype).requires_grad_()
         for dim in (module.embed_dim, module.kdim, module.vdim)
     )
     padding = torch.zeros(_BATCH, _QUERIES, dtype=torch.bool, device=device)
@@ -199,10 +203,12 @@ def _calls(module: Any, dtype: torch.dtype, run: Any) -> list[Tensor]:
     return found
 
 
-def _results(module: torch.nn.Module) -> dict[str, Any]:
+def _results(module: Any) -> dict[str, Any]:
     """What torch's module gives, in its own dtype and in fp64 (the same rounded weights and inputs)."""
     plain = _evaluated(module, lambda: _calls(module, module.out_proj.weight.dtype, _plain(module)))
-    wide = plain if any(x.device.type == "mps" for x in plain) else _calls(module, torch.float64, _exact(module))
+    wide = (
+        plain if any(x.device.type == "mps" for x in plain) else _calls(module, torch.float64, _exact(module))
+    )
     return {"plain": plain, "exact": wide}
 
 
@@ -226,26 +232,41 @@ def _evaluated(module: torch.nn.Module, compute: Any) -> Any:
 def _exact(module: Any) -> Any:
     """torch's own formula on the module's weights in fp64."""
 
-    def wide(x: Tensor | None) -> Tensor | None:
+    def wide(x: Tensor | None) -> Any:
         return None if x is None else x.detach().double()
 
     def run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         if module.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        separate = {f"{n}_proj_weight": wide(getattr(module, f"{n}_proj_weight")) for n in "qkv"}
+        separate: dict[str, Any] = {
+            f"{n}_proj_weight": wide(getattr(module, f"{n}_proj_weight")) for n in "qkv"
+        }
         out, weights = F.multi_head_attention_forward(
-            query, key, value, module.embed_dim, module.num_heads, wide(module.in_proj_weight), wide(module.in_proj_bias),
-            wide(module.bias_k), wide(module.bias_v), module.add_zero_attn, 0.0, wide(module.out_proj.weight),
-            wide(module.out_proj.bias), training=False, use_separate_proj_weight=not module._qkv_same_embed_dim,
-            **separate, **options,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            module.embed_dim,
+            module.num_heads,
+            wide(module.in_proj_weight),
+            wide(module.in_proj_bias),
+            wide(module.bias_k),
+            wide(module.bias_v),
+            module.add_zero_attn,
+            0.0,
+            wide(module.out_proj.weight),
+            wide(module.out_proj.bias),
+            training=False,
+            use_separate_proj_weight=not module._qkv_same_embed_dim,
+            **separate,
+            **options,
+        )
         return out.transpose(0, 1) if module.batch_first else out, weights
 
     return run
 
 
 def _difference(module: torch.nn.Module, before: dict[str, Any]) -> str:
-    """What is further from fp64 than torch's own results allow: four times their error and a few roundings."""
+    """What is further from fp64 than torch's own results allow: four times their error, a few roundings."""
     plain = before["plain"]
     got = _evaluated(module, lambda: _calls(module, plain[0].dtype, _plain(module)))
     if len(got) != len(plain):

@@ -82,7 +82,11 @@ def _compiled() -> Lines:
         yield "instruction set", f"{current} in use; this processor can run {', '.join(usable)}", True
         if forced := os.environ.get("SACCADE_CPU_ISA"):
             fine = forced == current
-            yield ("" if fine else "! ") + "SACCADE_CPU_ISA", f"{forced}{'' if fine else ', which cannot run here'}", fine
+            yield (
+                ("" if fine else "! ") + "SACCADE_CPU_ISA",
+                f"{forced}{'' if fine else ', which cannot run here'}",
+                fine,
+            )
     try:
         facts = import_module("saccade._C")
     except ImportError as error:
@@ -103,12 +107,20 @@ def _backends() -> Lines:
 def _checks() -> Lines:
     names = [name for name in available() if name != "reference"]
     if not names:
-        yield "! none", "only the reference backend is here: correct, slow, and it keeps every weight in memory", False
+        yield (
+            "! none",
+            "only the reference backend is here: correct, slow, and it keeps every weight in memory",
+            False,
+        )
     for name in names:
         device = "cuda" if name in ("cuda", "triton") else "cpu"
         for dtype in _DTYPES:
             try:
-                inputs = make_inputs(Shape(seqlen_q=67, seqlen_k=131, heads_k=2, head_dim=40, head_dim_v=24), dtype, device=device)
+                inputs = make_inputs(
+                    Shape(seqlen_q=67, seqlen_k=131, heads_k=2, head_dim=40, head_dim_v=24),
+                    dtype,
+                    device=device,
+                )
                 check_attention(inputs, Causal(), name)
                 verdict, fine = "ok", True
             except (AssertionError, RuntimeError, NotImplementedError) as error:
@@ -116,4 +128,8 @@ def _checks() -> Lines:
             yield f"{'' if fine else '! '}{name} {str(dtype).removeprefix('torch.')}", verdict, fine
     q = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     same = torch.allclose(attention(q, q, q), reference.attention(q, q, q), atol=1e-5)
-    yield f"{'' if same else '! '}default call", "agrees with the reference" if same else "differs from the reference", same
+    yield (
+        f"{'' if same else '! '}default call",
+        "agrees with the reference" if same else "differs from the reference",
+        same,
+    )

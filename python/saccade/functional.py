@@ -12,7 +12,7 @@ from .autograd import attention_weights
 from .masks import Causal, KeyPadding, Mask
 from .packed import cache_layout, packed_layout
 from .position import Position
-from .problem import Problem
+from .problem import Problem, accumulator
 from .scores import Additive, GATv2
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -87,8 +87,10 @@ def finish(problem: Problem, backend: str | None, return_lse: bool) -> Any:
     out, lse = backends.run(problem, backend)
     if not problem.batched:
         out = out.squeeze(0)
-        lse = lse.squeeze(0) if return_lse else lse
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    lse = lse.to(accumulator(out.dtype))  # kernels keep it in fp64 for their own backward pass
+    return out, lse if problem.batched else lse.squeeze(0)
 
 
 def attend_with_weights(

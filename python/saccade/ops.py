@@ -62,7 +62,7 @@ if LOADED:
         packed = args[_FORWARD["cu_seqlens_q"]] is not None
         shape = (q.shape[1], q.shape[0]) if packed else q.shape[:-1]
         has_lse = args[_FORWARD["activation"]] in NORMALISED
-        return out, q.new_empty(shape if has_lse else (0,), dtype=accumulator(q.dtype))
+        return out, q.new_empty(shape if has_lse else (0,), dtype=torch.float64)
 
     @torch.library.register_fake("saccade::backward")
     def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ if LOADED:
 def forward(
     spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None, body: int
 ) -> tuple[Tensor, Tensor]:
-    """`saccade::forward` on the tensors of `Problem.tensors`."""
+    """`saccade::forward` on the tensors of `Problem.tensors`: (out, lse); its lse is fp64 for every dtype."""
     q, k, v, bias, *rest = _taken(tensors)
     assert q is not None
     order = spec.layout.out_order or memory_order(q)

@@ -93,8 +93,8 @@ class Case:
 class Group:
     """Cases that are summarised by one geometric mean of speed against `peer`, per direction.
 
-    `goal` is the mean the project wants, per direction, and `floor` the least for any single case. `others` are
-    further peers with goals of their own.
+    `goal` is the mean the project wants, per direction, and `floor` the least for any single case. `others`
+    are further peers with goals of their own.
     """
 
     name: str

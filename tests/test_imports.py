@@ -16,7 +16,7 @@ PACKAGE = ROOT / "python/saccade"
 # From the bottom up: a module imports from its own layer and those before it. A package stands as a whole.
 LAYERS = [
     {"_C", "kernels"},
-    {"maskbase", "masks", "join", "graph", "patterns", "position", "scores", "dropout", "layout"},
+    {"maskbase", "masks", "join", "graph", "locality", "patterns", "position", "scores", "dropout", "layout"},
     {"problem", "terms", "packed", "ops", "gather", "autograd", "backends"},
     {"functional", "reference", "explain"},
     {"nn", "accelerate", "testing"},

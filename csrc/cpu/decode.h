@@ -114,12 +114,12 @@ static void decode_item(const Params& p, int64_t item, char* scratch, char* work
       if (!t.whole) apply_mask<T>(p, q, t, w.S);
       const bool some_dead = may_hold_dead(p, q, t) && find_dead<T>(q, t, w.S, w.dead);
       if (is_softmax(p)) {
-        if (softmax_tile(w.S, t.n, q.lanes, s.m, s.l, w.alpha, T(exponent_factor(p))))
+        if (softmax_tile(w.S, t.n, q.lanes, s.m, s.l, w.alpha, exponent_factor<T>(p)))
           for (int64_t i = 0; i < q.rows; ++i)
             for (int64_t c = 0; c < w.ldo; c += kLanes<T>)
               store(s.O + i * w.ldo + c, load(s.O + i * w.ldo + c) * w.alpha[i]);
       } else {
-        activate_tile(p.activation, w.S, t.n * q.lanes, T(exponent_factor(p) * kLn2));
+        activate_tile(p.activation, w.S, t.n * q.lanes, T(logit_unit(p)));
       }
       const S* zeros = reinterpret_cast<const S*>(w.zeros);
       const auto value = [&](int64_t j) { return some_dead && w.dead[j] ? zeros : values[j]; };
@@ -135,7 +135,7 @@ static void decode_merge(const Params& p, int64_t item, char* scratch, char* wor
   if (q.rows == 0) return;
   Arena arena{scratch};
   DecodeBuffers<T> w(p, arena);
-  const T factor = T(exponent_factor(p));
+  const T factor = exponent_factor<T>(p);
   const State<T> sum = decode_state<T>(item * runs, w.ldo, workspace);
   for (int64_t run = 1; run < runs; ++run) {
     const State<T> part = decode_state<T>(item * runs + run, w.ldo, workspace);

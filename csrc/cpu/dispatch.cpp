@@ -116,6 +116,7 @@ KernelTable kernels_for(DType t, Score score) {
   if (t == DType::kBFloat16 && score == Score::kDot && isa.bf16_kernels) {
     table.forward = isa.bf16_kernels->forward;
     table.backward = isa.bf16_kernels->backward;
+    table.weights = isa.bf16_kernels->weights;
   }
   return table;
 }

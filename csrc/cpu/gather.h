@@ -7,6 +7,11 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
+template <typename S>
+SACCADE_FORCE const S* typed_row(const Rows& x, int64_t b, int64_t h, int64_t i) {
+  return static_cast<const S*>(x.data) + b * x.batch + h * x.head + i * x.row;
+}
+
 // Rows [0, rows) with indptr[r + 1] - indptr[r] edges each, cut into items of equal cost: a row costs 1 and
 // each of its edges 1. A hub is shared by several items, a thousand leaves fill one.
 struct RowSplit {
@@ -74,7 +79,6 @@ SACCADE_FORCE T lanes_sum(Vec<T> v) {
     return lanes_sum<T, S / 2>(v + exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{}));
 }
 
-#define SACCADE_MEMBER inline __attribute__((always_inline))
 constexpr int64_t kEdgeLanes = 16;  // edges handled together; at least a vector of every set
 
 // The edges of one step: their keys, their numbers, and which of them the rest of the mask keeps.
@@ -82,6 +86,7 @@ struct EdgeGroup {
   int64_t n;
   int64_t key[kEdgeLanes], id[kEdgeLanes];
   bool kept[kEdgeLanes];
+  bool live;  // all_edges_live: kept is not looked at
 };
 
 // Asks for one head's part of the rows that come kEdgeLanes edges later, so that they are there when their
@@ -98,17 +103,27 @@ SACCADE_FORCE int64_t edges_ahead(int64_t at, int64_t n, int64_t edges) {
   return max64(0, min64(n, edges - at - kEdgeLanes));
 }
 
-static EdgeGroup edge_group(const GatherParams& p, int64_t b, int64_t h, int64_t row, int64_t begin,
-                            int64_t end) {
+// Every stored edge counts: nothing but the graph decides. Otherwise an edge may be dead (weight exactly 0),
+// and what stands in its rows, NaN perhaps, must not be touched.
+SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
+  const int64_t* b = p.mask.band;
+  return b[0] == kUnbounded && b[1] == kUnbounded && b[2] == kUnbounded && b[3] == kUnbounded &&
+         !p.mask.num_chunks && !p.mask.lengths && !irregular(p.mask) && !p.edge_bias && p.dropout_p == 0 &&
+         is_softmax(p);
+}
+
+static EdgeGroup edge_group(const GatherParams& p, int64_t b, int64_t row, int64_t begin, int64_t end) {
   EdgeGroup g;
   g.n = min64(kEdgeLanes, end - begin);
-  const Interval keys = row_interval(p.mask, b, h, row, p.seqlen_q, p.seqlen_k);
+  g.live = all_edges_live(p);
   for (int64_t e = 0; e < g.n; ++e) {
-    const int64_t j = p.indices[begin + e];
-    g.key[e] = j;
+    g.key[e] = p.indices[begin + e];
     g.id[e] = p.edge_ids ? p.edge_ids[begin + e] : begin + e;
-    g.kept[e] = keys.begin <= j && j < keys.end && keeps_pair(p.mask, b, row, j);
   }
+  if (g.live) return g;
+  const Interval keys = row_interval(p.mask, b, 0, row, p.seqlen_q, p.seqlen_k);
+  for (int64_t e = 0; e < g.n; ++e)
+    g.kept[e] = keys.begin <= g.key[e] && g.key[e] < keys.end && keeps_pair(p.mask, b, row, g.key[e]);
   return g;
 }
 
@@ -161,26 +176,12 @@ SACCADE_FORCE void edge_sum(T* y, const EdgeRows<S>& rows, int64_t n, int64_t d,
   }
 }
 
-// Every stored edge counts: nothing but the graph decides. Otherwise an edge may be dead (weight exactly 0),
-// and what stands in its rows, NaN perhaps, must not be touched.
-SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
-  const int64_t* b = p.mask.band;
-  return b[0] == kUnbounded && b[1] == kUnbounded && b[2] == kUnbounded && b[3] == kUnbounded &&
-         !p.mask.num_chunks && !p.mask.lengths && !irregular(p.mask) && !p.edge_bias && p.dropout_p == 0 &&
-         is_softmax(p);
-}
-
 // The rows with those of dead edges replaced by zeros.
 template <typename T, typename S, typename W>
 SACCADE_FORCE EdgeRows<S> live_rows(const EdgeRows<S>& rows, W weight, int64_t n, const S* zeros) {
   EdgeRows<S> live;
   for (int64_t e = 0; e < n; ++e) live.at[e] = weight(e) != T(0) ? rows.row(e) : zeros;
   return live;
-}
-
-template <typename S>
-SACCADE_FORCE const S* typed_row(const Rows& x, int64_t b, int64_t h, int64_t i) {
-  return static_cast<const S*>(x.data) + b * x.batch + h * x.head + i * x.row;
 }
 
 }  // namespace

@@ -73,27 +73,25 @@ struct RowPass {
   int64_t b;
   GatherScratch<T, S>& w;
   EdgeNumbers<T>& numbers;
-  T *dout, *dout_edge, *out, *dq, *dqe;  // [H][ld]; dq and dqe one piece
+  T *dout, *dout_edge, *dq, *dqe;  // [H][ld]; dq and dqe one piece
   double* dW;
-  T *lse2, *low, *delta, *cap, *dP, *g;
+  T *lse, *low, *delta, *cap, *dP, *g;
   int64_t ldv;
+  WeightOf<T> weight_of{false, T(1)};  // edges carry natural logits
 
   void prepare(int64_t row) {
-    read_heads(p.dout, b, row, p.heads, p.head_dim_v, ldv, dout);
-    if (p.edge_dim) read_heads(p.dout_edge, b, row, p.heads, p.edge_dim, w.lde, dout_edge);
+    read_heads<T, S>(p.dout, b, row, p.heads, p.head_dim_v, ldv, dout);
+    if (p.edge_dim) read_heads<T, S>(p.dout_edge, b, row, p.heads, p.edge_dim, w.lde, dout_edge);
     w.read_queries(p, b, row);
     for (int64_t h = 0; h < p.heads; ++h) {
-      lse2[h] = low[h] = delta[h] = T(0);
+      lse[h] = low[h] = delta[h] = T(0);
       if (!is_softmax(p)) continue;
       const int64_t at = b * p.lse_batch + h * p.lse_head + row;
-      split_lse(p.lse[at], lse2[h], low[h]);
-      T sum = T(0);
-      read_row(out, row_at(p.out, b, h, row), p.out.dtype, p.out.col, p.head_dim_v);
-      for (int64_t c = 0; c < p.head_dim_v; ++c) sum += out[c] * dout[h * ldv + c];
-      if (p.edge_dim) {
-        read_row(out, row_at(p.out_edge, b, h, row), p.out_edge.dtype, p.out_edge.col, p.edge_dim);
-        for (int64_t c = 0; c < p.edge_dim; ++c) sum += out[c] * dout_edge[h * w.lde + c];
-      }
+      weight_of.split(p.lse[at], lse[h], low[h]);
+      T sum = lanes_sum<T>(dot_part<T>(dout + h * ldv, typed_row<S>(p.out, b, h, row), p.head_dim_v));
+      if (p.edge_dim)
+        sum +=
+            lanes_sum<T>(dot_part<T>(dout_edge + h * w.lde, typed_row<S>(p.out_edge, b, h, row), p.edge_dim));
       delta[h] = sum - (p.dlse ? T(p.dlse[at]) : T(0));
     }
   }
@@ -101,7 +99,7 @@ struct RowPass {
   void piece(RowSplit::Piece piece) {
     const int64_t group = p.heads / p.heads_k;
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      const EdgeGroup e16 = edge_group(p, b, 0, piece.row, at, piece.end);
+      const EdgeGroup e16 = edge_group(p, b, piece.row, at, piece.end);
       const int32_t* later = p.indices + at + kEdgeLanes;
       const int64_t ahead = edges_ahead(at, e16.n, p.edges);
       w.read_features(p, e16);
@@ -140,7 +138,7 @@ struct RowPass {
       const Vec<T> logit = load(w.s + c), drop = load(z + c), d = load(dP + c) * drop, none{};
       Vec<T> weight, grad;
       if (is_softmax(p)) {
-        weight = exp2v<T>((logit * T(kLog2e) - lse2[h]) - low[h]);
+        weight = weight_of(logit, splat<T>(lse[h]), splat<T>(low[h]));
         grad = weight * (d - delta[h]);
       } else {
         weight = activate<T>(p.activation, logit);
@@ -168,7 +166,7 @@ struct RowPass {
       for (int64_t e = 0; e < e16.n; ++e) numbers.logit[to + e * p.heads] = dP[e];
     const T* grad = g;
     const auto factor = [grad](int64_t e) { return grad[e]; };
-    const EdgeRows<S> keys = all_edges_live(p) ? w.rows : live_rows<T, S>(w.rows, factor, e16.n, w.zeros);
+    const EdgeRows<S> keys = e16.live ? w.rows : live_rows<T, S>(w.rows, factor, e16.n, w.zeros);
     if (p.score == Score::kDot) {
       edge_sum<T, S>(dq + h * w.ldq, keys, e16.n, p.head_dim, factor);
       if (p.edge_dim)
@@ -194,14 +192,13 @@ static void write_queries(const GatherParams& p, int64_t b, int64_t row, const T
 template <typename T, typename S>
 struct RowPassScratch {
   GatherScratch<T, S> w;
-  T *dout, *dout_edge, *out, *piece, *lse2, *low, *delta, *cap, *dP, *g;
+  T *dout, *dout_edge, *piece, *lse, *low, *delta, *cap, *dP, *g;
   int64_t ldv;
   RowPassScratch(const GatherParams& p, Arena& a) : w(p, a), ldv(round_up(p.head_dim_v, kLanes<T>)) {
     dout = a.take<T>(p.heads * ldv);
     dout_edge = a.take<T>(p.heads * w.lde);
-    out = a.take<T>(ldv + w.lde);
     piece = a.take<T>(EdgeNumbers<T>::piece_size(p));
-    lse2 = a.take<T>(p.heads);
+    lse = a.take<T>(p.heads);
     low = a.take<T>(p.heads);
     delta = a.take<T>(p.heads);
     cap = a.take<T>(kEdgeLanes);
@@ -224,8 +221,8 @@ static void gather_rows_item(const GatherParams& p, int64_t item, char* scratch,
     T* dq = entire ? x.piece : shared_piece(numbers.pieces, size, split.items(), b, t, piece.first ? 1 : 0);
     memset(dq, 0, size_t(size) * sizeof(T));
     T* dqe = dq + p.heads * x.w.ldq;
-    RowPass<T, S> pass{p,  b,      x.w,   numbers, x.dout, x.dout_edge, x.out, dq,   dqe,
-                       dW, x.lse2, x.low, x.delta, x.cap,  x.dP,        x.g,   x.ldv};
+    RowPass<T, S> pass{p,  b,     x.w,   numbers, x.dout, x.dout_edge, dq,  dqe,
+                       dW, x.lse, x.low, x.delta, x.cap,  x.dP,        x.g, x.ldv};
     pass.prepare(piece.row);
     pass.piece(piece);
     if (entire) write_queries<T>(p, b, piece.row, dq, dqe, x.w.ldq, x.w.lde);
@@ -280,7 +277,7 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
     const bool entire = piece.first && piece.last;
     T* sums = entire ? own : shared_piece(numbers.columns, size, split.items(), b, t, piece.first ? 1 : 0);
     memset(sums, 0, size_t(size) * sizeof(T));
-    if (p.score != Score::kDot) read_heads(p.k, b, piece.row, p.heads_k, p.head_dim, ldk, keys);
+    if (p.score != Score::kDot) read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, ldk, keys);
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
       const int64_t n = min64(kEdgeLanes, piece.end - at), ahead = edges_ahead(at, n, p.edges);
       const int32_t* later = p.t_rows + at + kEdgeLanes;

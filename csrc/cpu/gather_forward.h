@@ -32,11 +32,15 @@ struct GatherState {
 };
 
 // Padded query rows of all heads, in T.
-template <typename T>
+template <typename T, typename S>
 static void read_heads(const Rows& x, int64_t b, int64_t row, int64_t heads, int64_t d, int64_t ld, T* out) {
+  constexpr int L = kLanes<T>;
   for (int64_t h = 0; h < heads; ++h) {
-    read_row(out + h * ld, row_at(x, b, h, row), x.dtype, x.col, d);
-    for (int64_t c = d; c < ld; ++c) out[h * ld + c] = T(0);
+    const S* from = typed_row<S>(x, b, h, row);
+    T* to = out + h * ld;
+    int64_t c = 0;
+    for (; c + L <= d; c += L) store(to + c, load_as<T>(from + c));
+    if (c < d) store(to + c, load_part<T>(from + c, d - c));
   }
 }
 
@@ -58,7 +62,8 @@ SACCADE_FORCE T additive_edge(const GatherParams& p, const T* w, const T* q, con
 // Scratch of one thread: the query row, the rows of an edge group, its numbers.
 template <typename T, typename S>
 struct GatherScratch {
-  T *q, *edge_q, *s, *features, *zero_features;
+  T *q, *edge_q, *s, *features, *zero_features;  // s [H][kEdgeLanes]
+  double *tops, *sums;
   S* zeros;
   EdgeRows<S> rows;
   EdgeRows<T> feature_rows;
@@ -68,7 +73,9 @@ struct GatherScratch {
       : ldq(round_up(p.head_dim, kLanes<T>)), lde(round_up(p.edge_dim, kLanes<T>)) {
     q = a.take<T>(p.heads * ldq);
     edge_q = a.take<T>(p.heads * lde);
-    s = a.take<T>(4 * kEdgeLanes);
+    s = a.take<T>(p.heads * kEdgeLanes);
+    tops = a.take<double>(p.heads);
+    sums = a.take<double>(p.heads);
     features = a.take<T>(kEdgeLanes * lde);
     zero_features = a.take<T>(lde);
     zeros = a.take<S>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v);
@@ -77,8 +84,8 @@ struct GatherScratch {
     memset(zeros, 0, size_t(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v) * sizeof(S));
   }
   void read_queries(const GatherParams& p, int64_t b, int64_t row) {
-    read_heads(p.q, b, row, p.heads, p.head_dim, ldq, q);
-    if (p.edge_dim) read_heads(p.edge_q, b, row, p.heads, p.edge_dim, lde, edge_q);
+    read_heads<T, S>(p.q, b, row, p.heads, p.head_dim, ldq, q);
+    if (p.edge_dim) read_heads<T, S>(p.edge_q, b, row, p.heads, p.edge_dim, lde, edge_q);
   }
   static EdgeRows<S> point(const Rows& x, const EdgeGroup& g, int64_t b) {
     EdgeRows<S> rows;
@@ -112,7 +119,6 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, Ga
     const T* weight = static_cast<const T*>(p.weight) + h * p.head_dim;
     for (int64_t e = 0; e < g.n; ++e) s[e] = additive_edge<T, S>(p, weight, q, w.rows.row(e));
   }
-  const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
   for (int64_t e = g.n; e < kEdgeLanes; ++e) s[e] = T(0);
   for (int64_t c = 0; c < kEdgeLanes; c += kLanes<T>) {
     Vec<T> x = load(s + c);
@@ -125,11 +131,12 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, Ga
     }
     store(s + c, x);
   }
-  for (int64_t e = 0; e < kEdgeLanes; ++e) {
-    if (e >= g.n || !g.kept[e])
-      s[e] = -kInf<T>;
-    else if (bias)
-      s[e] = bias[g.id[e]] == -kInf<T> ? -kInf<T> : s[e] + bias[g.id[e]];
+  for (int64_t e = g.n; e < kEdgeLanes; ++e) s[e] = -kInf<T>;
+  if (g.live) return;
+  const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
+  for (int64_t e = 0; e < g.n; ++e) {
+    const T add = bias ? bias[g.id[e]] : T(0);
+    s[e] = !g.kept[e] || add == -kInf<T> ? -kInf<T> : s[e] + add;
   }
 }
 
@@ -150,13 +157,13 @@ static void edge_softmax(const GatherParams& p, int64_t h, T* s, GatherState<T>&
   for (int64_t c = L; c < kEdgeLanes; c += L) top = vmax<T>(load(s + c), top);
   const T old = state.m[h], found = lanes_max<T>(top), now = found > old ? found : old;
   const T pivot = now == -kInf<T> ? T(0) : now;
-  if (now != old) {
-    const T alpha = old == -kInf<T> ? T(0) : exp2v<T>(splat<T>((old - pivot) * T(kLog2e)))[0];
+  state.m[h] = now;
+  if (now != old && old != -kInf<T>) {
+    const T alpha = exp2v<T>(splat<T>((old - pivot) * T(kLog2e)))[0];
     T *O = state.O + h * state.ldo, *E = state.E + h * state.lde;
     for (int64_t c = 0; c < state.ldo; c += L) store(O + c, load(O + c) * alpha);
     for (int64_t c = 0; c < state.lde; c += L) store(E + c, load(E + c) * alpha);
     state.l[h] *= alpha;
-    state.m[h] = now;
   }
   Vec<T> sum{};
   for (int64_t c = 0; c < kEdgeLanes; c += L) {
@@ -171,28 +178,34 @@ template <typename T, typename S>
 static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piece, GatherScratch<T, S>& w,
                           GatherState<T>& state) {
   const int64_t group = p.heads / p.heads_k;
-  const bool live = all_edges_live(p);
-  T* s = w.s;
   for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-    const EdgeGroup g = edge_group(p, b, 0, piece.row, at, piece.end);
+    const EdgeGroup g = edge_group(p, b, piece.row, at, piece.end);
     const int32_t* later = p.indices + at + kEdgeLanes;
     const int64_t ahead = edges_ahead(at, g.n, p.edges);
     w.read_features(p, g);
     w.rows = w.point(p.k, g, b);
     EdgeRows<S> values = w.point(p.v, g, b);
+    // Stage by stage over the heads rather than head by head: each stage is a chain of dependent steps, and
+    // heads are independent.
     for (int64_t h = 0; h < p.heads; ++h) {
       w.rows.offset = h / group * p.k.head;
-      values.offset = h / group * p.v.head;
       if (h % group == 0) {
         prefetch_rows<S>(p.k, b, h / group, later, ahead, p.head_dim);
         prefetch_rows<S>(p.v, b, h / group, later, ahead, p.head_dim_v);
       }
-      edge_logits<T, S>(p, g, h, w, s, nullptr);
+      edge_logits<T, S>(p, g, h, w, w.s + h * kEdgeLanes, nullptr);
+    }
+    for (int64_t h = 0; h < p.heads; ++h) {
+      T* s = w.s + h * kEdgeLanes;
       edge_softmax(p, h, s, state);
       if (p.dropout_p > 0)
         for (int64_t e = 0; e < g.n; ++e) s[e] *= dropout_factor<T>(p, b, h, piece.row, g.key[e]);
+    }
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const T* s = w.s + h * kEdgeLanes;
       const auto weight = [s](int64_t e) { return s[e]; };
-      edge_sum<T, S>(state.O + h * state.ldo, live ? values : live_rows<T, S>(values, weight, g.n, w.zeros),
+      values.offset = h / group * p.v.head;
+      edge_sum<T, S>(state.O + h * state.ldo, g.live ? values : live_rows<T, S>(values, weight, g.n, w.zeros),
                      g.n, p.head_dim_v, weight);
       if (p.edge_dim)
         edge_sum<T, T>(state.E + h * state.lde, live_rows<T, T>(w.feature_rows, weight, g.n, w.zero_features),
@@ -201,8 +214,10 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
   }
 }
 
+// Adds the sink, normalises and writes a row. tops and sums: a number per head each.
 template <typename T>
-static void finish_row(const GatherParams& p, int64_t b, int64_t row, GatherState<T>& s) {
+static void finish_row(const GatherParams& p, int64_t b, int64_t row, GatherState<T>& s, double* tops,
+                       double* sums) {
   for (int64_t h = 0; h < p.heads; ++h) {
     T *O = s.O + h * s.ldo, *E = s.E + h * s.lde;
     if (is_softmax(p)) {
@@ -214,13 +229,17 @@ static void finish_row(const GatherParams& p, int64_t b, int64_t row, GatherStat
         top = pivot;
       }
       const T share = sum == 0 ? T(0) : T(mine / sum);
-      p.lse[b * p.lse_batch + h * p.lse_head + row] = sum == 0 ? -kInf<double> : top + log(sum);
-      for (int64_t c = 0; c < p.head_dim_v; ++c) O[c] *= share;
-      for (int64_t c = 0; c < p.edge_dim; ++c) E[c] *= share;
+      tops[h] = sum == 0 ? -kInf<double> : top;
+      sums[h] = sum == 0 ? 1 : sum;
+      for (int64_t c = 0; c < s.ldo; c += kLanes<T>) store(O + c, load(O + c) * share);
+      for (int64_t c = 0; c < s.lde; c += kLanes<T>) store(E + c, load(E + c) * share);
     }
     write_row(row_at(p.out, b, h, row), p.out.dtype, p.out.col, O, p.head_dim_v);
     if (p.edge_dim) write_row(row_at(p.out_edge, b, h, row), p.out_edge.dtype, p.out_edge.col, E, p.edge_dim);
   }
+  if (!is_softmax(p)) return;
+  log_each(sums, sums, p.heads);
+  for (int64_t h = 0; h < p.heads; ++h) p.lse[b * p.lse_batch + h * p.lse_head + row] = tops[h] + sums[h];
 }
 
 // Where the piece of a row that item t shares with its neighbours lies: slot 0 began before t, slot 1 begins
@@ -245,13 +264,13 @@ static void gather_forward_item(const GatherParams& p, int64_t item, char* scrat
     state.clear(p);
     w.read_queries(p, b, piece.row);
     forward_piece<T, S>(p, b, piece, w, state);
-    if (entire) finish_row<T>(p, b, piece.row, state);
+    if (entire) finish_row<T>(p, b, piece.row, state, w.tops, w.sums);
   });
 }
 
 // Rows that were cut: their pieces are merged in the order of their edges.
 template <typename T>
-static void gather_merge_item(const GatherParams& p, int64_t item, char*, char* workspace) {
+static void gather_merge_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
   const RowSplit split(p.indptr, p.seqlen_q, p.edges);
   const int64_t b = item / split.items(), t = item % split.items(), size = GatherState<T>::size(p);
   int64_t end = 0;
@@ -276,7 +295,9 @@ static void gather_merge_item(const GatherParams& p, int64_t item, char*, char* 
         sum.E[h * sum.lde + c] = sum.E[h * sum.lde + c] * mine + part.E[h * sum.lde + c] * its;
     }
   }
-  finish_row<T>(p, b, row, sum);
+  Arena arena{scratch};
+  double* tops = arena.take<double>(p.heads);
+  finish_row<T>(p, b, row, sum, tops, arena.take<double>(p.heads));
 }
 
 template <typename T, typename S>

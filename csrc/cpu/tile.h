@@ -159,8 +159,13 @@ struct KeyTiles {
 SACCADE_FORCE bool bare_logits(const Params& p) {
   return p.score == Score::kDot && p.softcap == 0 && !p.bias && !p.rel_bias && p.scale > 0;
 }
-// exp(logit) = 2^(S * factor).
-SACCADE_FORCE double exponent_factor(const Params& p) { return bare_logits(p) ? p.scale * kLog2e : kLog2e; }
+// Natural logit = S * logit_unit; exp(logit) = 2^(S * exponent_factor), rounded to T once, so that every pass
+// uses the same factor.
+SACCADE_FORCE double logit_unit(const Params& p) { return bare_logits(p) ? p.scale : 1; }
+template <typename T>
+SACCADE_FORCE T exponent_factor(const Params& p) {
+  return T(logit_unit(p) * kLog2e);
+}
 
 // w . phi(q_i + k_j), phi = tanh (Bahdanau et al., arXiv 1409.0473) or leaky_relu (GATv2, arXiv 2105.14491).
 template <typename T>

@@ -13,7 +13,7 @@ struct BackwardBuffers {
   using T = typename M::T;
   using E = typename M::Element;
   int64_t ld, ldv;  // padded row lengths of queries and dout
-  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse2, *lse2_low, *delta, *dQ;
+  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse, *lse_low, *delta, *dQ;
   E *queries, *douts, *keys, *values, *columns, *weights, *query_rows, *dout_rows;
   bool* dead;
 
@@ -29,8 +29,8 @@ struct BackwardBuffers {
     block_q = a.take<T>(kBlockM * ld);
     block_do = a.take<T>(kBlockM * ldv);
     block_o = a.take<T>(kBlockM * (ld > ldv ? ld : ldv));
-    lse2 = a.take<T>(kBlockM);
-    lse2_low = a.take<T>(kBlockM);
+    lse = a.take<T>(kBlockM);
+    lse_low = a.take<T>(kBlockM);
     delta = a.take<T>(kBlockM);
     dQ = a.take<T>(round_up(D, kRowPad) * kBlockM);
     queries = a.take<E>(M::packed_size(D, kBlockM));
@@ -60,13 +60,14 @@ struct BackwardBlock {
     douts = M::pack_columns(dos.p, dos.ld, q.rows, q.lanes, Dv, w.douts);
     query_rows = M::pack_rows(qs.p, qs.ld, q.rows, w.ld, w.query_rows);
     dout_rows = M::pack_rows(dos.p, dos.ld, q.rows, w.ldv, w.dout_rows);
-    for (int64_t i = 0; i < q.lanes; ++i) w.lse2[i] = kInf<T>, w.lse2_low[i] = w.delta[i] = T(0);
+    for (int64_t i = 0; i < q.lanes; ++i) w.lse[i] = kInf<T>, w.lse_low[i] = w.delta[i] = T(0);
     if (!is_softmax(p)) return;
+    const WeightOf<T> weight_of(p);
     const double* lse = lse_at(p, p.lse, q);
     const double* dlse = p.dlse ? lse_at(p, p.dlse, q) : nullptr;
     const Matrix<T> outs = block_rows<T>(p.out, q, Dv, w.ldv, w.block_o);
     for (int64_t i = 0; i < q.rows; ++i) {
-      split_lse(lse[i], w.lse2[i], w.lse2_low[i]);
+      weight_of.split(lse[i], w.lse[i], w.lse_low[i]);
       Vec<T> sum{};
       T rest = T(0);
       int64_t d = 0;
@@ -84,17 +85,18 @@ struct BackwardBlock {
 template <typename M>
 static void weigh_tile(const GradParams& p, const QueryBlock& q, int64_t n, BackwardBuffers<M>& w) {
   using T = typename M::T;
-  const T factor = T(exponent_factor(p)), unit = T(exponent_factor(p) * kLn2);
+  const T unit = T(logit_unit(p));
+  const WeightOf<T> weight_of(p);
   const bool softmax = is_softmax(p), drop = p.dropout_p > 0;
   for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
-    const Vec<T> lse2 = load(w.lse2 + i), low = load(w.lse2_low + i), delta = load(w.delta + i);
+    const Vec<T> lse = load(w.lse + i), low = load(w.lse_low + i), delta = load(w.delta + i);
     for (int64_t j = 0; j < n; ++j) {
       T *s = w.S + j * q.lanes + i, *d = w.dP + j * q.lanes + i;
       const Vec<T> logit = load(s), z = drop ? load(w.Z + j * q.lanes + i) : splat<T>(T(1));
       const Vec<T> dP = drop ? load(d) * z : load(d);
       Vec<T> weight, grad;
       if (softmax) {
-        weight = exp2v<T>((logit * factor - lse2) - low);
+        weight = weight_of(logit, lse, low);
         grad = weight * (dP - delta);
       } else {
         weight = activate<T>(p.activation, logit * unit);

@@ -2,6 +2,7 @@
 // emulation.
 #include "operands_bf16.h"
 #include "tiled_bias.h"
+#include "tiled_weights.h"
 
 #define SACCADE_TEXT_(x) #x
 #define SACCADE_TEXT(x) SACCADE_TEXT_(x)

@@ -59,21 +59,22 @@ static bool softmax_tile(T* S, int64_t n, int64_t lanes, T* m, T* l, T* alpha, T
     for (; j < n; ++j) top[0] = vmax<T>(load(s + j * lanes), top[0]);
     const Vec<T> now = vmax<T>(vmax<T>(top[0], top[1]), vmax<T>(top[2], top[3]));
     // A row that has met no key has m = -inf; -inf - -inf would be NaN, so it gets a finite pivot.
-    const Vec<T> pivot = (now == -kInf<T> ? Vec<T>{} : now) * factor;
+    // The difference comes first: logits near the end of the range must not overflow in a product.
+    const Vec<T> pivot = now == -kInf<T> ? Vec<T>{} : now;
     Vec<T> sum[4] = {};
     for (j = 0; j + 4 <= n; j += 4)
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
-        const Vec<T> w = exp2v<T>(load(s + (j + u) * lanes) * factor - pivot);
+        const Vec<T> w = exp2v<T>((load(s + (j + u) * lanes) - pivot) * factor);
         store(s + (j + u) * lanes, w);
         sum[u] += w;
       }
     for (; j < n; ++j) {
-      const Vec<T> w = exp2v<T>(load(s + j * lanes) * factor - pivot);
+      const Vec<T> w = exp2v<T>((load(s + j * lanes) - pivot) * factor);
       store(s + j * lanes, w);
       sum[0] += w;
     }
-    const Vec<T> a = exp2v<T>(old * factor - pivot);
+    const Vec<T> a = exp2v<T>((old - pivot) * factor);
     store(alpha + i, a);
     store(m + i, now);
     store(l + i, load(l + i) * a + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
@@ -107,14 +108,26 @@ SACCADE_FORCE L* lse_at(const Params& p, L* lse, const QueryBlock& q) {
   return lse + q.b * p.lse_batch + q.h * p.lse_head + q.seq.q_begin + q.i0;
 }
 
-// lse in base 2 as the sum of two numbers; +inf for a row without keys, so that its weights come out 0. One T
-// would round by eps |lse|, which every weight of the row would inherit.
+// exp(logit - lse) = 2^(((S a - high) - low) b): in base 2 where the factor was folded into the exponent, in
+// natural units elsewhere, where logits may lie near the end of the range. lse comes as the sum of two
+// numbers: one T would round by eps |lse|, which every weight of the row would inherit, and near -1e9, where
+// people put what they mean to mask, would lose the sum altogether.
 template <typename T>
-SACCADE_FORCE void split_lse(double lse, T& high, T& low) {
-  const double base2 = lse * kLog2e;
-  high = lse == -kInf<double> ? kInf<T> : T(base2);
-  low = lse - lse == 0 ? T(base2 - double(high)) : T(0);
-}
+struct WeightOf {
+  T a, b;
+  double base;
+  explicit WeightOf(const Params& p) : WeightOf(bare_logits(p), exponent_factor<T>(p)) {}
+  WeightOf(bool bare, T factor)
+      : a(bare ? factor : T(1)), b(bare ? T(1) : T(kLog2e)), base(bare ? kLog2e : 1) {}
+  // high is +inf for a row without keys, so that its weights come out 0.
+  SACCADE_MEMBER void split(double lse, T& high, T& low) const {
+    high = lse == -kInf<double> ? kInf<T> : T(lse * base);
+    low = lse - lse == 0 ? T(lse * base - double(high)) : T(0);
+  }
+  SACCADE_MEMBER Vec<T> operator()(Vec<T> S, Vec<T> high, Vec<T> low) const {
+    return exp2v<T>(((S * a - high) - low) * b);
+  }
+};
 
 // Scales O[d][i] by x[i].
 template <typename T>
@@ -141,9 +154,11 @@ static void store_transposed(const Rows& x, const QueryBlock& q, const T* O, int
 template <typename T>
 static void finish_block(const Params& p, const QueryBlock& q, State<T> s, T* alpha, T* buffer) {
   if (is_softmax(p)) {
-    const double unit =
-        double(T(exponent_factor(p))) * kLn2;  // natural logit = S * unit, S times the factor as it was used
+    // Natural logit = S * unit, with the factor as it was used.
+    const double unit = bare_logits(p) ? double(exponent_factor<T>(p)) * kLn2
+                                       : 1;  // natural logit = S * unit, S times the factor as it was used
     double* lse = lse_at(p, p.lse, q);
+    double tops[kBlockM], sums[kBlockM], logs[kBlockM];
     for (int64_t i = 0; i < q.lanes; ++i) {
       double top = s.m[i] == -kInf<T> ? -kInf<double> : double(s.m[i]) * unit, sum = double(s.l[i]), mine = 1;
       if (has_sink(p)) {
@@ -153,8 +168,11 @@ static void finish_block(const Params& p, const QueryBlock& q, State<T> s, T* al
         top = pivot;
       }
       alpha[i] = sum == 0 ? T(0) : T(mine / sum);
-      if (i < q.rows) lse[i] = sum == 0 ? -kInf<double> : top + log(sum);
+      tops[i] = sum == 0 ? -kInf<double> : top;
+      sums[i] = sum == 0 ? 1 : sum;
     }
+    log_each(sums, logs, q.rows);
+    for (int64_t i = 0; i < q.rows; ++i) lse[i] = tops[i] + logs[i];
     scale_lanes(s.O, p.head_dim_v, q.lanes, alpha);
   }
   store_transposed(p.out, q, s.O, p.head_dim_v, buffer);
@@ -170,12 +188,12 @@ static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t,
       t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * D * e, p.k.dtype, D, w.keys)
               : M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, nullptr, w.keys);
   const bool some_dead = tile_logits<M>(p, q, t, keys, queries, w.S, nullptr, w.bias, w.dead);
-  const T factor = T(exponent_factor(p));
+  const T factor = exponent_factor<T>(p);
   if (is_softmax(p)) {
     if (softmax_tile(w.S, t.n, q.lanes, w.state.m, w.state.l, w.alpha, factor))
       scale_lanes(w.state.O, Dv, q.lanes, w.alpha);
   } else {
-    activate_tile(p.activation, w.S, t.n * q.lanes, T(exponent_factor(p) * kLn2));
+    activate_tile(p.activation, w.S, t.n * q.lanes, T(logit_unit(p)));
   }
   if (p.dropout_p > 0) {
     dropout_tile<T>(p, q, t, w.Z);
@@ -251,16 +269,16 @@ static void merge_item(const Params& p, int64_t item, char* scratch, char* works
   Arena arena{scratch};
   ForwardBuffers<M> w(p, arena);
   State<T> sum = partial_state<T>(p, item * splits, workspace);
-  const T factor = T(exponent_factor(p));
+  const T factor = exponent_factor<T>(p);
   for (int64_t s = 1; s < splits; ++s) {
     const State<T> part = partial_state<T>(p, item * splits + s, workspace);
     for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
       Vec<T> mine = splat<T>(T(1)), its = mine;
       if (is_softmax(p)) {
         const Vec<T> a = load(sum.m + i), b = load(part.m + i), top = vmax<T>(a, b);
-        const Vec<T> pivot = (top == -kInf<T> ? Vec<T>{} : top) * factor;
-        mine = exp2v<T>(a * factor - pivot);
-        its = exp2v<T>(b * factor - pivot);
+        const Vec<T> pivot = top == -kInf<T> ? Vec<T>{} : top;
+        mine = exp2v<T>((a - pivot) * factor);
+        its = exp2v<T>((b - pivot) * factor);
         store(sum.m + i, top);
         store(sum.l + i, load(sum.l + i) * mine + load(part.l + i) * its);
       }

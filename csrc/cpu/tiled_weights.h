@@ -21,11 +21,12 @@ struct WeightBuffers {
 template <typename M>
 static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffers<M>& w) {
   using T = typename M::T;
-  const T factor = T(exponent_factor(p)), unit = T(exponent_factor(p) * kLn2);
-  T lse2[kBlockM], low[kBlockM];
-  for (int64_t i = 0; i < q.lanes; ++i) lse2[i] = kInf<T>, low[i] = T(0);
+  const T unit = T(logit_unit(p));
+  const WeightOf<T> weight_of(p);
+  T lse[kBlockM], low[kBlockM];
+  for (int64_t i = 0; i < q.lanes; ++i) lse[i] = kInf<T>, low[i] = T(0);
   if (is_softmax(p))
-    for (int64_t i = 0; i < q.rows; ++i) split_lse(lse_at(p, p.lse, q)[i], lse2[i], low[i]);
+    for (int64_t i = 0; i < q.rows; ++i) weight_of.split(lse_at(p, p.lse, q)[i], lse[i], low[i]);
   const Matrix<T> rows = block_rows<T>(p.q, q, p.head_dim, p.head_dim, w.tile.block);
   const typename M::B queries = M::pack_columns(rows.p, rows.ld, q.rows, q.lanes, p.head_dim, w.tile.queries);
   const auto one_tile = [&](const KeyTile& t) {
@@ -39,7 +40,7 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
       for (int64_t j = 0; j < t.n; ++j)
         for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
           T* s = S + j * q.lanes + i;
-          store(s, exp2v<T>((load(s) * factor - load(lse2 + i)) - load(low + i)));
+          store(s, weight_of(load(s), load(lse + i), load(low + i)));
         }
     } else {
       activate_tile(p.activation, S, t.n * q.lanes, unit);
@@ -70,6 +71,7 @@ static void weights_item(const WeightParams& p, int64_t item, char* scratch, cha
   using T = typename M::T;
   const int64_t blocks = (p.seqlen_q + kBlockM - 1) / kBlockM, heads = p.average ? 1 : p.heads;
   const int64_t m = item % blocks, h0 = item / blocks % heads, b = item / blocks / heads;
+  const typename M::Scope scope;
   Arena arena{scratch};
   WeightBuffers<M> w(p, arena);
   memset(w.rows, 0, size_t(kBlockM * p.columns) * sizeof(T));

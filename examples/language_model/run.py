@@ -41,7 +41,7 @@ class Run:
 
 
 class Progress:
-    """A bar where rich is installed; a line per process elsewhere."""
+    """A bar where rich is installed; a line per kind elsewhere."""
 
     def __init__(self, total: int) -> None:
         try:
@@ -78,25 +78,42 @@ class Progress:
             self._bar.update(self._task, description=text, advance=1)
 
 
-def train(name: str, steps: int, progress: Progress) -> Run:
-    """Train one variant in a process of its own."""
-    run = Run()
-    label = name.replace("-saccade", ", saccade") if "-" in name else f"{name}, torch"
-    progress.begin(f"{label}: starting")
+def start(name: str, steps: int) -> subprocess.Popen[str]:
+    """A process that trains one variant, a step for every line it is sent."""
     command = [sys.executable, str(HERE / "variants.py"), name, str(steps)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            said = json.loads(line)
-            if "loss" in said:
-                run.losses.append(said["loss"])
-                run.seconds.append(said["seconds"])
-                progress.step(f"{label}: loss {said['loss']:.3f}, {said['seconds'] * 1e3:.0f} ms")
-            else:
-                run.peak_mib = said["peak_mib"]
-    if child.returncode:
-        raise SystemExit(f"training of {name!r} failed; the message stands above")
-    return run
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def heard(child: subprocess.Popen[str]) -> dict[str, float]:
+    """The next line of a process."""
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    if not line:
+        raise SystemExit("a training process failed; its message stands above")
+    said: dict[str, float] = json.loads(line)
+    return said
+
+
+def compare(kind: str, steps: int, progress: Progress) -> dict[str, Run]:
+    """Train both variants of a kind, step by step in turn: what slows the machine down slows down both."""
+    names = (kind, f"{kind}-saccade")
+    runs = {name: Run() for name in names}
+    progress.begin(f"{kind}: starting")
+    with start(names[0], steps) as first, start(names[1], steps) as second:
+        children = dict(zip(names, (first, second), strict=True))
+        for _ in range(steps):
+            for name, child in children.items():
+                assert child.stdin is not None
+                child.stdin.write("\n")
+                child.stdin.flush()
+                said = heard(child)
+                runs[name].losses.append(said["loss"])
+                runs[name].seconds.append(said["seconds"])
+                whose = "saccade" if name != kind else "torch"
+                progress.step(f"{kind}, {whose}: loss {said['loss']:.3f}, {said['seconds'] * 1e3:.0f} ms")
+        for name, child in children.items():
+            runs[name].peak_mib = heard(child)["peak_mib"]
+    return runs
 
 
 HEAD = [
@@ -107,7 +124,7 @@ HEAD = [
     "torch MiB",
     "saccade MiB",
     "torch loss",
-    "saccade loss",
+    "saccade",
     "apart",
 ]
 TITLE = (
@@ -225,9 +242,10 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.steps < 1:
         parser.error(f"--steps: expected at least 1, got {asked.steps}")
-    names = [kind + suffix for kind in asked.kinds for suffix in ("", "-saccade")]
-    with Progress(asked.steps * len(names)) as progress:
-        runs = {name: train(name, asked.steps, progress) for name in names}
+    runs: dict[str, Run] = {}
+    with Progress(asked.steps * 2 * len(asked.kinds)) as progress:
+        for kind in asked.kinds:
+            runs |= compare(kind, asked.steps, progress)
     show(table(runs))
     asked.out.mkdir(parents=True, exist_ok=True)
     write_csv(asked.out / "training.csv", runs)

@@ -1,6 +1,7 @@
 """The models that are compared, and the process that trains one of them: `python variants.py NAME STEPS`.
 
-Each runs in a process of its own, so that the peak memory is its own.
+Each runs in a process of its own, so that the peak memory is its own, and takes a step for every line it reads, so that
+two of them can take turns.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ def resident(field: str) -> float:
 def main(name: str, steps: int) -> None:
     """Train; print a JSON line for every step and one with the peak of memory over what torch alone takes."""
     before = resident("VmRSS")
-    model = build(name)
-    for loss, seconds in train(model, steps):
+    training = train(build(name), steps)
+    for _ in range(steps):
+        sys.stdin.readline()
+        loss, seconds = next(training)
         print(json.dumps({"loss": loss, "seconds": seconds}), flush=True)
     print(json.dumps({"peak_mib": resident("VmHWM") - before}), flush=True)
 

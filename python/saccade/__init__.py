@@ -1,6 +1,6 @@
 """saccade: attention kernels for PyTorch."""
 
-from . import nn, position, reference
+from . import nn, patterns, position, reference
 from .accelerate import accelerate, restore
 from .dropout import dropout_mask
 from .explain import Explanation, explain
@@ -43,6 +43,7 @@ __all__ = [
     "explain",
     "merge",
     "nn",
+    "patterns",
     "position",
     "reference",
     "restore",

@@ -86,6 +86,7 @@ class Graph(Mask):
             _check_index_dtype(name, value)
             if value.dim() != 1:
                 raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
+        num_keys, _ = _sizes(num_keys, "num_keys", "an int")
         indptr, indices = indptr.detach().long(), indices.detach().long()
         if indptr.numel() == 0 or indptr.device != indices.device:
             raise ValueError("indptr: expected at least one entry, on the device of indices")
@@ -215,6 +216,27 @@ class Graph(Mask):
         loops = missing.nonzero().squeeze(1)
         return Graph.from_edge_index(torch.cat([edges, loops.expand(2, -1)], 1), self.num_keys)
 
+    def reorder(self) -> tuple[Graph, Tensor]:
+        """(graph, order): the same graph with its nodes numbered so that neighbours lie close together in
+        memory, and `order` [N] int64, the old number of each node. Edges keep their numbers.
+
+        Reverse Cuthill-McKee. `x[order]` are the features to go with it,
+        and `out[order.argsort()]` the outputs in the old order: those of the old graph, but for the order of
+        sums (and for dropout, whose pattern follows the numbers). It pays where the numbers of neighbours say
+        nothing yet and keys and values do not fit in the cache. Needs as many keys as queries.
+        """
+        if self.num_queries != self.num_keys:
+            raise ValueError(
+                f"reorder: needs as many keys as queries, got {self.num_keys} and {self.num_queries}"
+            )
+        from .locality import cuthill_mckee  # needed here alone
+
+        edges = self.edge_index
+        order = cuthill_mckee(*edges.cpu(), self.num_keys).to(self.device)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(self.num_keys, device=self.device)
+        return Graph.from_edge_index(place[edges], self.num_keys), order
+
     def prepare(self) -> Graph:
         """Builds every cached form now, so that compiled and captured calls find them. Returns the graph
         itself.
@@ -296,12 +318,14 @@ def _from_pairs(queries: Tensor, keys: Tensor, num_queries: int, num_keys: int) 
     return Graph(counts.cumsum(0), indices.contiguous(), ids, num_keys, pairs.numel())
 
 
-def _sizes(num_nodes: Any) -> tuple[int, int]:
+def _sizes(
+    num_nodes: Any, name: str = "num_nodes", wanted: str = "an int or (num_sources, num_targets)"
+) -> tuple[int, int]:
     sizes = tuple(num_nodes) if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
     if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
-        raise TypeError(f"num_nodes: expected an int or (num_sources, num_targets), got {num_nodes!r}")
+        raise TypeError(f"{name}: expected {wanted}, got {num_nodes!r}")
     if min(sizes) < 0:
-        raise ValueError(f"num_nodes: expected sizes >= 0, got {num_nodes!r}")
+        raise ValueError(f"{name}: expected sizes >= 0, got {num_nodes!r}")
     return sizes[0], sizes[1]
 
 

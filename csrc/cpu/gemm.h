@@ -1,5 +1,7 @@
-// C[m][n] (+)= sum_k A(m, k) B[k][n]: the one product of every tile. The lanes run along n, A is broadcast,
-// so A may have any strides and needs no packing; B and C are rows of whole vectors.
+// C[m][n] (+)= sum_k A(m, k) B[k][n]: the one product of every tile. The sum starts from zero and joins C at
+// its end, so that rounding grows with the length of a tile and the number of tiles, not with their product.
+// The lanes run along n, A is broadcast, so A may have any strides and needs no packing; B and C are rows of
+// whole vectors.
 #pragma once
 #include "vec.h"
 
@@ -34,7 +36,7 @@ static void gemm_block(int64_t K, const T* __restrict__ a, int64_t a_row, int64_
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[m][n] = Add ? load(c + m * ldc + n * L) : Vec<T>{};
+    for (int n = 0; n < NV; ++n) acc[m][n] = Vec<T>{};
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> bv[NV];
 #pragma GCC unroll 4
@@ -51,7 +53,10 @@ static void gemm_block(int64_t K, const T* __restrict__ a, int64_t a_row, int64_
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * L, acc[m][n]);
+    for (int n = 0; n < NV; ++n) {
+      T* to = c + m * ldc + n * L;
+      store(to, Add ? load(to) + acc[m][n] : acc[m][n]);
+    }
 }
 
 template <typename T, int M, int NV, bool Add>

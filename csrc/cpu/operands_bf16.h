@@ -110,8 +110,7 @@ static void dot_block(int64_t K, const bf16* __restrict__ a, int64_t lda, const 
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n)
-      acc[m][n] = Add ? _mm512_loadu_ps(c + m * ldc + 16 * n) : _mm512_setzero_ps();
+    for (int n = 0; n < NV; ++n) acc[m][n] = _mm512_setzero_ps();
   for (int64_t k = 0; k < K; k += 2) {
     __m512bh bv[NV];
 #pragma GCC unroll 4
@@ -128,7 +127,10 @@ static void dot_block(int64_t K, const bf16* __restrict__ a, int64_t lda, const 
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) _mm512_storeu_ps(c + m * ldc + 16 * n, acc[m][n]);
+    for (int n = 0; n < NV; ++n) {
+      float* to = c + m * ldc + 16 * n;
+      _mm512_storeu_ps(to, Add ? _mm512_add_ps(_mm512_loadu_ps(to), acc[m][n]) : acc[m][n]);
+    }
 }
 
 template <bool Add, int MR, int NV>

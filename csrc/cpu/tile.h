@@ -213,6 +213,10 @@ SACCADE_FORCE int64_t rel_index(const Params& p, const QueryBlock& q, int64_t j,
   return p.rel_center + j - (q.i0 + i + q.seq.seqlen_k - q.seq.seqlen_q);
 }
 
+// A bias of finfo.min means a row of equal numbers where all of a row have it. Below this, lse in double
+// could no longer hold ln of a sum.
+constexpr double kLargest = 1e11;
+
 // S becomes the logit in natural units. `cap` (may be null) receives tanh(scale * score / softcap), which the
 // backward pass needs.
 template <typename T>
@@ -234,7 +238,8 @@ static void finish_logits(const Params& p, const QueryBlock& q, const KeyTile& t
       }
       if (bias) {
         const Vec<T> b = tile.lane ? load(tile.p + j * tile.row + i) : splat<T>(tile.p[j]);
-        s = b == -kInf<T> ? b : s + b;
+        const Vec<T> sum = s + b;
+        s = b == -kInf<T> ? b : (sum < T(-kLargest) ? splat<T>(T(-kLargest)) : sum);
       }
       store(row + i, s);
     }

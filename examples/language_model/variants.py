@@ -1,7 +1,7 @@
-"""The models that are compared, and the process that trains one of them: `python variants.py NAME STEPS`.
+"""The models that are compared, and the process that trains one of them.
 
-Each runs in a process of its own, so that the peak memory is its own, and takes a step for every line it reads, so that
-two of them can take turns.
+Each runs in a process of its own, so that the peak memory is its own, and takes a step for every line it
+reads, so that two of them can take turns.
 """
 
 from __future__ import annotations

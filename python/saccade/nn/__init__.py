@@ -1,5 +1,9 @@
-"""Modules with torch's constructors, parameters and results, over `saccade.attention`."""
+"""Modules with torch's and PyTorch Geometric's constructors, parameters and results, over
+`saccade.attention`.
+"""
 
 from .attention import MultiheadAttention
+from .gat_conv import GATConv, GATv2Conv
+from .transformer_conv import TransformerConv
 
-__all__ = ["MultiheadAttention"]
+__all__ = ["GATConv", "GATv2Conv", "MultiheadAttention", "TransformerConv"]

@@ -1,0 +1,285 @@
+"""`GATConv` and `GATv2Conv`, the twins of PyTorch Geometric's, without importing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..graph import Graph
+from ..scores import GATv2
+from ._conv import (
+    AttentionConv,
+    Channels,
+    attend,
+    both,
+    check_message_passing,
+    dropped,
+    edge_weights,
+    index_of,
+    node_features,
+)
+from ._edges import Edges, edge_features, edge_logits, edges_of
+from ._linear import Linear, glorot, linear, weight_of
+
+
+class GATBase(AttentionConv):
+    """Scores made of a nonlinearity; loops; a residual."""
+
+    negative_slope: float
+    add_self_loops: bool
+    edge_dim: int | None
+    fill_value: float | Tensor | str
+    bias: nn.Parameter | None
+    res: Linear | None
+    lin_edge: Linear | None
+
+    def _set(self, in_channels: Channels, out_channels: int, heads: int, concat: bool, slope: float) -> None:
+        self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
+        self.concat, self.negative_slope = concat, slope
+
+    def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        out = self._together(out)
+        out = out if residual is None else out + residual
+        return out if self.bias is None else out + self.bias
+
+    def _attend(self, score: dict[str, Any], values: Tensor, edges: Edges, wanted: bool) -> Any:
+        """(out [H, N, C], lse or None, dropout and its seed)."""
+        p, seed = self._seed(values)
+        qkv = (score.pop("q"), score.pop("k"), values)
+        return (*attend(qkv, edges.graph, wanted, dropout_p=p, seed=seed, **score), (p, seed))
+
+    def _weights(self, logits: Tensor, lse: Tensor, edges: Edges, drop: tuple[float, Any]) -> Tensor:
+        return dropped(edge_weights(logits, lse, edges).to(logits.dtype), edges, *drop)
+
+    def _from_logits(self, logits: Tensor, nodes: tuple[int, int]) -> dict[str, Any]:
+        """Scores that the kernels do not know become the bias of each edge, on queries and keys of zeros."""
+        q, k = (logits.new_zeros(n, self.heads, 1) for n in nodes)
+        return {"q": q, "k": k, "edge_bias": logits.t()}
+
+
+def _total_width(out_channels: int, heads: int, concat: bool) -> int:
+    return out_channels * (heads if concat else 1)
+
+
+class GATConv(GATBase):
+    """`torch_geometric.nn.GATConv`, graph attention (Velickovic et al., 1710.10903):
+
+    out_i = sum_j alpha_ij W x_j, alpha = softmax_j(leaky_relu(a_s . W x_j + a_t . W x_i + a_e . W_e e_ij)).
+
+    The score is GATv2's with one channel, so the kernels serve it. With edge features the logits [E, H] are
+    computed beforehand and softmax, dropout and sum are the kernel's. Arguments are PyTorch Geometric's.
+    """
+
+    def __init__(
+        self,
+        in_channels: Channels,
+        out_channels: int,
+        heads: int = 1,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        add_self_loops: bool = True,
+        edge_dim: int | None = None,
+        fill_value: float | Tensor | str = "mean",
+        bias: bool = True,
+        residual: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_message_passing(kwargs)
+        self._set(in_channels, out_channels, heads, concat, negative_slope)
+        self.dropout, self.add_self_loops, self.edge_dim = dropout, add_self_loops, edge_dim
+        self.fill_value, self.residual = fill_value, residual
+        width, total = heads * out_channels, _total_width(out_channels, heads, concat)
+        self.lin: Linear | None = None
+        self.lin_src: Linear | None = None
+        self.lin_dst: Linear | None = None
+        if isinstance(in_channels, int):
+            self.lin = linear(in_channels, width, False, "glorot")
+        else:
+            self.lin_src = linear(in_channels[0], width, False, "glorot")
+            self.lin_dst = linear(in_channels[1], width, False, "glorot")
+        self.att_src = nn.Parameter(torch.empty(1, heads, out_channels))
+        self.att_dst = nn.Parameter(torch.empty(1, heads, out_channels))
+        self.lin_edge = None if edge_dim is None else linear(edge_dim, width, False, "glorot")
+        self.att_edge = None if edge_dim is None else nn.Parameter(torch.empty(1, heads, out_channels))
+        targets = in_channels if isinstance(in_channels, int) else in_channels[1]
+        self.res = linear(targets, total, False, "glorot") if residual else None
+        self.bias = nn.Parameter(torch.empty(total)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.lin, self.lin_src, self.lin_dst, self.lin_edge, self.res):
+            if layer is not None:
+                layer.reset_parameters()
+        for weight in (self.att_src, self.att_dst, self.att_edge):
+            glorot(weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: Tensor | Pair,
+        edge_index: Tensor | Graph,
+        edge_attr: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        return_attention_weights: bool | None = None,
+    ) -> Any:
+        """out [N, heads * out_channels] (the mean over heads without `concat`) of x [N, F] or (sources,
+        targets).
+
+        The targets may be None: then they have no share in the score, and `size` (sources, targets) says how
+        many there are. With a true `return_attention_weights` the result is (out, (edge_index, alpha [E,
+        heads])), self-loops included, alpha after dropout.
+        """
+        sources, targets, raw = self._project(x)
+        count = sources.shape[0] if size is None else size[1]
+        count = count if targets is None else targets.shape[0]
+        if size is not None and tuple(size) != (sources.shape[0], count):
+            raise ValueError(f"size: expected {(sources.shape[0], count)} as in x, got {tuple(size)}")
+        edges = edges_of(edge_index, (sources.shape[0], count), self.add_self_loops)
+        key = (sources * self.att_src).sum(-1, keepdim=True)  # [N, H, 1]
+        query = key.new_zeros(count, self.heads, 1)
+        if targets is not None:
+            query = (targets * self.att_dst).sum(-1, keepdim=True)
+        wanted = bool(return_attention_weights)
+        logits = None
+        if wanted or (edge_attr is not None and self.lin_edge is not None):
+            logits = self._logits(query, key, edges, edge_attr)
+        if logits is not None and edge_attr is not None and self.lin_edge is not None:
+            score = self._from_logits(logits, (count, sources.shape[0]))
+        else:
+            weight = key.new_ones(self.heads, 1)
+            score = {"q": query, "k": key, "score": GATv2(weight, self.negative_slope)}
+        out, lse, drop = self._attend(score, sources, edges, wanted)
+        out = self._finish(out, None if self.res is None or raw is None else self.res(raw))
+        if logits is None or not wanted:
+            return out
+        return out, (index_of(edge_index, edges), self._weights(logits, lse, edges, drop))
+
+    def _project(self, x: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """W x [N, H, C] of the sources and of the targets, and the targets' own features."""
+        if isinstance(x, tuple | list):
+            sources, targets = (
+                node_features(x[0], "x[0]"),
+                None if x[1] is None else node_features(x[1], "x[1]"),
+            )
+        else:
+            sources = targets = node_features(x)
+        shape = (self.heads, self.out_channels)
+        if self.lin is not None:
+            first = self.lin(sources).unflatten(-1, shape)
+            if targets is sources:
+                return first, first, targets
+            second = None if targets is None else self.lin(targets).unflatten(-1, shape)
+            return first, second, targets
+        assert self.lin_src is not None and self.lin_dst is not None
+        second = None if targets is None else self.lin_dst(targets).unflatten(-1, shape)
+        return self.lin_src(sources).unflatten(-1, shape), second, targets
+
+    def _logits(self, query: Tensor, key: Tensor, edges: Edges, edge_attr: Tensor | None) -> Tensor:
+        sources, targets = edges.pairs
+        logits = query[targets, :, 0] + key[sources, :, 0]
+        if edge_attr is not None and self.lin_edge is not None:
+            assert self.att_edge is not None
+            features = edge_features(edges, edge_attr, self.fill_value)
+            # a_e . (W_e e) = (W_e^T a_e) . e: no [E, H, C].
+            weight = weight_of(self.lin_edge, features).unflatten(0, (self.heads, self.out_channels))
+            logits = logits + features @ torch.einsum("hcd,hc->dh", weight, self.att_edge[0])
+        return F.leaky_relu(logits, self.negative_slope)
+
+
+class GATv2Conv(GATBase):
+    """`torch_geometric.nn.GATv2Conv` (Brody, Alon, Yahav: 2105.14491):
+
+    out_i = sum_j alpha_ij W_l x_j, alpha = softmax_j(a . leaky_relu(W_l x_j + W_r x_i + W_e e_ij)).
+
+    With edge features the score does not split into parts of query, key and edge, which is what the kernels
+    live on: the logits [E, H] are then computed in plain torch, a chunk of edges at a time, and softmax,
+    dropout and sum are the kernel's. Arguments are PyTorch Geometric's.
+    """
+
+    def __init__(
+        self,
+        in_channels: Channels,
+        out_channels: int,
+        heads: int = 1,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        add_self_loops: bool = True,
+        edge_dim: int | None = None,
+        fill_value: float | Tensor | str = "mean",
+        bias: bool = True,
+        share_weights: bool = False,
+        residual: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_message_passing(kwargs)
+        self._set(in_channels, out_channels, heads, concat, negative_slope)
+        self.dropout, self.add_self_loops, self.edge_dim = dropout, add_self_loops, edge_dim
+        self.fill_value, self.residual, self.share_weights = fill_value, residual, share_weights
+        sources, targets = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
+        width, total = heads * out_channels, _total_width(out_channels, heads, concat)
+        self.lin_l = linear(sources, width, bias, "glorot")
+        self.lin_r = self.lin_l if share_weights else linear(targets, width, bias, "glorot")
+        self.att = nn.Parameter(torch.empty(1, heads, out_channels))
+        self.lin_edge = None if edge_dim is None else linear(edge_dim, width, False, "glorot")
+        self.res = linear(targets, total, False, "glorot") if residual else None
+        self.bias = nn.Parameter(torch.empty(total)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.lin_l, self.lin_r, self.lin_edge, self.res):
+            if layer is not None:
+                layer.reset_parameters()
+        glorot(self.att)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        edge_index: Tensor | Graph,
+        edge_attr: Tensor | None = None,
+        return_attention_weights: bool | None = None,
+    ) -> Any:
+        """out [N, heads * out_channels] (the mean over heads without `concat`) of x [N, F] or (sources,
+        targets).
+
+        With a true `return_attention_weights` the result is (out, (edge_index, alpha [E, heads])), self-loops
+        included, alpha after dropout.
+        """
+        sources, targets = both(x)
+        if edge_attr is not None and self.lin_edge is None:
+            raise ValueError("edge_attr: a layer with edge_dim=None was given some")
+        nodes = (targets.shape[0], sources.shape[0])
+        edges = edges_of(edge_index, nodes[::-1], self.add_self_loops)
+        shape = (self.heads, self.out_channels)
+        left = self.lin_l(sources).unflatten(-1, shape)
+        shared = self.share_weights and targets is sources
+        right = left if shared else self.lin_r(targets).unflatten(-1, shape)
+        features = None if edge_attr is None else edge_features(edges, edge_attr, self.fill_value)
+        wanted, logits = bool(return_attention_weights), None
+        if wanted or features is not None:
+            logits = edge_logits(self._logits, edges, (right, left), features)
+        if features is not None and logits is not None:
+            score = self._from_logits(logits, nodes)
+        else:
+            score = {"q": right, "k": left, "score": GATv2(self.att[0], self.negative_slope)}
+        out, lse, drop = self._attend(score, left, edges, wanted)
+        out = self._finish(out, None if self.res is None else self.res(targets))
+        if logits is None or not wanted:
+            return out
+        return out, (index_of(edge_index, edges), self._weights(logits, lse, edges, drop))
+
+    def _logits(self, right: Tensor, left: Tensor, features: Tensor | None) -> Tensor:
+        joint = right + left
+        if features is not None:
+            assert self.lin_edge is not None
+            joint = joint + self.lin_edge(features).view_as(joint)
+        return (F.leaky_relu(joint, self.negative_slope) * self.att).sum(-1)

@@ -232,7 +232,7 @@ class Graph(Mask):
         from .locality import cuthill_mckee  # needed here alone
 
         edges = self.edge_index
-        order = cuthill_mckee(*edges.cpu(), self.num_keys).to(self.device)
+        order = cuthill_mckee(edges[0].cpu(), edges[1].cpu(), self.num_keys).to(self.device)
         place = torch.empty_like(order)
         place[order] = torch.arange(self.num_keys, device=self.device)
         return Graph.from_edge_index(place[edges], self.num_keys), order

@@ -29,7 +29,8 @@ def _breadth_first(indptr: Tensor, indices: Tensor) -> Tensor:
     rows = torch.repeat_interleave(torch.arange(num_nodes), degree)
     by_degree = torch.argsort(rows * (num_nodes + 1) + degree[indices], stable=True)
     ptr, neighbours = indptr.tolist(), indices[by_degree].tolist()
-    seen, order = bytearray(num_nodes), []
+    seen = bytearray(num_nodes)
+    order: list[int] = []
     for start in torch.argsort(degree, stable=True).tolist():
         if seen[start]:
             continue

@@ -97,10 +97,10 @@ def bigbird(  # noqa: PLR0913  the sizes of the paper's pattern
         for place in draw.sample(range(free), min(num_random_blocks, free)):
             kept.append(num_global_blocks + place if place < before else end + place - before)
         pairs += ((a, b) for b in kept)
-    a, b = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    block, other = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
     # Every pair of blocks for every row of its query block; the last block may be short.
-    i = (a[:, None] * block_size + torch.arange(block_size)).reshape(-1)
-    first_key = (b * block_size).repeat_interleave(block_size)
+    i = (block[:, None] * block_size + torch.arange(block_size)).reshape(-1)
+    first_key = (other * block_size).repeat_interleave(block_size)
     i, first_key = i[i < seqlen], first_key[i < seqlen]
     return _joined(seqlen, _spans(i, first_key, first_key + block_size, seqlen=seqlen))
 

@@ -31,7 +31,7 @@ def check_message_passing(given: dict[str, Any]) -> None:
             )
 
 
-def nodenode_features(x: Any, name: str = "x") -> Tensor:
+def node_features(x: Any, name: str = "x") -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor [N, F] or a pair of them, got {type(x).__name__}")
     if x.dim() != 2:

@@ -36,13 +36,13 @@ class Edges:
 _built = WeakTensorKeyDictionary()
 
 
-def edges_of(edge_index: Tensor | Graph, sizes: tuple[int, int], loops: bool = False) -> Edges:
+def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Edges:
     """The edges for `sizes` = (sources, targets); with `loops` every (n, n) once, instead of those there are.
 
     `edge_index` is a Graph, an int tensor [2, E] (row 0 sources), or a sparse tensor [targets, sources], as
-    in PyTorch Geometric. What is built is kept with the object: layers of a stack and steps of a training build
-    it once. Writing into a tensor in place (as far as torch sees it) discards what was built from it. Raises
-    TypeError for another object, ValueError for indices out of range.
+    in PyTorch Geometric. What is built is kept with the object: layers of a stack and steps of a training
+    build it once. Writing into a tensor in place (as far as torch sees it) discards what was built from it.
+    Raises TypeError for another object, ValueError for indices out of range.
     """
     if isinstance(edge_index, Graph):
         if (edge_index.num_keys, edge_index.num_queries) != sizes:

@@ -58,12 +58,12 @@ def _unknown() -> Any:
     return UninitializedParameter()
 
 
-class LazyLinear(LazyModuleMixin, Linear):  # type: ignore[misc]
+class LazyLinear(LazyModuleMixin, Linear):
     """Becomes a `Linear` when it sees its first input."""
 
-    cls_to_become = Linear  # type: ignore[assignment]
+    cls_to_become = Linear
 
-    def initialize_parameters(self, x: Tensor) -> None:  # type: ignore[override]
+    def initialize_parameters(self, x: Tensor) -> None:
         if self.has_uninitialized_params():
             with torch.no_grad():
                 self.in_channels = x.shape[-1]

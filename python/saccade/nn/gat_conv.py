@@ -122,7 +122,7 @@ class GATConv(GATBase):
 
     def forward(
         self,
-        x: Tensor | Pair,
+        x: Tensor | tuple[Tensor, Tensor | None],
         edge_index: Tensor | Graph,
         edge_attr: Tensor | None = None,
         size: tuple[int, int] | None = None,

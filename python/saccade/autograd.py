@@ -43,10 +43,12 @@ def attend(problem: Problem, body: int) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _run(Call(spec, body), tensors, spec.seed)
         return out, lse
     if torch.compiler.is_compiling():
-        function: type[Function] = Forward
+        apply = Forward.apply
+    elif torch._C._functorch.peek_interpreter_stack() is None:
+        apply = super(Function, Eager).apply  # past the wrapper that looks for functorch, 4 us a call
     else:
-        function = Eager if torch._C._functorch.peek_interpreter_stack() is None else Attention
-    found = function.apply(*tensors, spec.seed, Call(spec, body))
+        apply = Attention.apply
+    found = apply(*tensors, spec.seed, Call(spec, body))
     return found[0], found[1]
 
 
@@ -85,9 +87,11 @@ class Forward(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.call = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors)
+        if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1 + ctx.call.has_lse :])
+        if len(output) > 1 + ctx.call.has_lse:
+            ctx.mark_non_differentiable(*output[1 + ctx.call.has_lse :])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:

@@ -70,9 +70,8 @@ def _kept_edges(edge_index: Tensor, sizes: tuple[int, int], loops: bool) -> Edge
 
 
 def _build(edge_index: Tensor, sizes: tuple[int, int], loops: bool) -> Edges:
-    edge_index = edge_index.detach().as_subclass(Tensor)
     if edge_index.layout == torch.strided:
-        graph = Graph.from_edge_index(edge_index, sizes)
+        graph = Graph.from_edge_index(edge_index.as_subclass(Tensor), sizes)
     else:
         if tuple(edge_index.shape) != sizes[::-1]:
             raise ValueError(f"edge_index: expected shape {[*sizes[::-1]]}, got {list(edge_index.shape)}")

@@ -37,6 +37,8 @@ class Linear(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.in_channels <= 0:
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
             return
         if self.init == "glorot":
             glorot(self.weight)

@@ -40,6 +40,10 @@ class GATBase(AttentionConv):
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
         self.concat, self.negative_slope = concat, slope
 
+    def _residual(self, targets: Tensor | None) -> Tensor | None:
+        # First of all layers, so that lazy ones draw their initial values in PyTorch Geometric's order.
+        return None if self.res is None or targets is None else self.res(targets)
+
     def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
         out = self._together(out)
         out = out if residual is None else out + residual
@@ -135,7 +139,8 @@ class GATConv(GATBase):
         many there are. With a true `return_attention_weights` the result is (out, (edge_index, alpha [E,
         heads])), self-loops included, alpha after dropout.
         """
-        sources, targets, raw = self._project(x)
+        residual = self._residual(x[1] if isinstance(x, tuple | list) else x)
+        sources, targets = self._project(x)
         count = sources.shape[0] if size is None else size[1]
         count = count if targets is None else targets.shape[0]
         if size is not None and tuple(size) != (sources.shape[0], count):
@@ -155,13 +160,13 @@ class GATConv(GATBase):
             weight = key.new_ones(self.heads, 1)
             score = {"q": query, "k": key, "score": GATv2(weight, self.negative_slope)}
         out, lse, drop = self._attend(score, sources, edges, wanted)
-        out = self._finish(out, None if self.res is None or raw is None else self.res(raw))
+        out = self._finish(out, residual)
         if logits is None or not wanted:
             return out
         return out, (index_of(edge_index, edges), self._weights(logits, lse, edges, drop))
 
-    def _project(self, x: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """W x [N, H, C] of the sources and of the targets, and the targets' own features."""
+    def _project(self, x: Any) -> tuple[Tensor, Tensor | None]:
+        """W x [N, H, C] of the sources and of the targets."""
         if isinstance(x, tuple | list):
             sources, targets = (
                 node_features(x[0], "x[0]"),
@@ -173,12 +178,12 @@ class GATConv(GATBase):
         if self.lin is not None:
             first = self.lin(sources).unflatten(-1, shape)
             if targets is sources:
-                return first, first, targets
+                return first, first
             second = None if targets is None else self.lin(targets).unflatten(-1, shape)
-            return first, second, targets
+            return first, second
         assert self.lin_src is not None and self.lin_dst is not None
-        second = None if targets is None else self.lin_dst(targets).unflatten(-1, shape)
-        return self.lin_src(sources).unflatten(-1, shape), second, targets
+        first = self.lin_src(sources).unflatten(-1, shape)
+        return first, None if targets is None else self.lin_dst(targets).unflatten(-1, shape)
 
     def _logits(self, query: Tensor, key: Tensor, edges: Edges, edge_attr: Tensor | None) -> Tensor:
         sources, targets = edges.pairs
@@ -257,6 +262,7 @@ class GATv2Conv(GATBase):
         sources, targets = both(x)
         if edge_attr is not None and self.lin_edge is None:
             raise ValueError("edge_attr: a layer with edge_dim=None was given some")
+        residual = self._residual(targets)
         nodes = (targets.shape[0], sources.shape[0])
         edges = edges_of(edge_index, nodes[::-1], self.add_self_loops)
         shape = (self.heads, self.out_channels)
@@ -272,7 +278,7 @@ class GATv2Conv(GATBase):
         else:
             score = {"q": right, "k": left, "score": GATv2(self.att[0], self.negative_slope)}
         out, lse, drop = self._attend(score, left, edges, wanted)
-        out = self._finish(out, None if self.res is None else self.res(targets))
+        out = self._finish(out, residual)
         if logits is None or not wanted:
             return out
         return out, (index_of(edge_index, edges), self._weights(logits, lse, edges, drop))

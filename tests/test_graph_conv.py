@@ -155,11 +155,11 @@ def test_every_form_of_edges(name: str) -> None:
     index = index[:, torch.randperm(index.shape[1])]
     expected = theirs(x, index)
     adjacency = torch.sparse_coo_tensor(index.flip(0), torch.ones(index.shape[1]), (9, 9)).coalesce()
-    forms = (index, index.int(), index.t().contiguous().t(), saccade.Graph.from_edge_index(index, 9), adjacency,
-             adjacency.to_sparse_csr())  # fmt: skip
+    graph = saccade.Graph.from_edge_index(index, 9)
+    forms = (index, index.int(), index.t().contiguous().t(), graph, adjacency, adjacency.to_sparse_csr())
     for form in forms:
         torch.testing.assert_close(ours(x, form), expected)
-    alpha = ours(x, forms[3], return_attention_weights=True)[1]
+    alpha = ours(x, graph, return_attention_weights=True)[1]
     known = theirs(x, index, return_attention_weights=True)[1]
     assert torch.equal(alpha[0], known[0])
     torch.testing.assert_close(alpha[1], known[1])
@@ -274,32 +274,34 @@ def refused(name: str, *args: Any, make: Any = (8, 4), **options: Any) -> Any:
 
 
 X, INDEX = torch.zeros(5, 8), torch.tensor([[0, 4], [1, 2]])
+SMALL, BESIDE = saccade.Graph.from_edge_index(INDEX[:, :1], 4), INDEX + torch.tensor([[1], [0]])
+T, GAT, V2, ONES = "TransformerConv", "GATConv", "GATv2Conv", torch.ones(2, 3)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
-        (TypeError, "x: expected a tensor", refused("GATConv", None, INDEX)),
-        (ValueError, r"x: expected shape \[N, F\]", refused("GATConv", X[None], INDEX)),
-        (ValueError, "x: expected a pair", refused("GATv2Conv", (X, X, X), INDEX)),
-        (TypeError, r"x\[1\]: expected a tensor", refused("GATv2Conv", (X, None), INDEX)),
-        (TypeError, "edge_index: expected a tensor", refused("GATConv", X, [[0], [1]])),
-        (ValueError, r"edge_index\[0\].* < 5, got 1 to 5", refused("GATConv", X, INDEX + torch.tensor([[1], [0]]))),
-        (ValueError, "edge_index: expected an integer", refused("TransformerConv", X, INDEX.float())),
-        (ValueError, "edge_index: 4 sources", refused("GATConv", X, saccade.Graph.from_edge_index(INDEX[:, :1], 4))),
-        (ValueError, "edge_index: expected shape", refused("GATConv", X, torch.eye(4).to_sparse())),
-        (ValueError, "edge_attr: a layer with edge_dim=None", refused("TransformerConv", X, INDEX, torch.ones(2, 3))),
-        (ValueError, "edge_attr: a layer with edge_dim=3", refused("TransformerConv", X, INDEX, edge_dim=3)),
-        (ValueError, "edge_attr: a layer", refused("GATv2Conv", X, INDEX, torch.ones(2, 3))),
-        (ValueError, r"edge_attr: expected shape \[2", refused("GATConv", X, INDEX, torch.ones(3, 3), edge_dim=3)),
-        (TypeError, "edge_attr: expected a tensor", refused("GATConv", X, INDEX, [1.0, 2.0], edge_dim=1)),
-        (ValueError, "fill_value", refused("GATConv", X, INDEX, torch.ones(2), edge_dim=1, fill_value="median")),
-        (ValueError, "size: expected", refused("GATConv", X, INDEX, None, (5, 4))),
-        (NotImplementedError, "flow", refused("GATConv", X, INDEX, flow="target_to_source")),
-        (NotImplementedError, "aggr", refused("TransformerConv", X, INDEX, aggr="max")),
-        (TypeError, "depth: unexpected", refused("TransformerConv", X, INDEX, depth=3)),
+        (TypeError, "x: expected a tensor", refused(GAT, None, INDEX)),
+        (ValueError, r"x: expected shape \[N, F\]", refused(GAT, X[None], INDEX)),
+        (ValueError, "x: expected a pair", refused(V2, (X, X, X), INDEX)),
+        (TypeError, r"x\[1\]: expected a tensor", refused(V2, (X, None), INDEX)),
+        (TypeError, "edge_index: expected a tensor", refused(GAT, X, [[0], [1]])),
+        (ValueError, r"edge_index\[0\].* < 5, got 1 to 5", refused(GAT, X, BESIDE)),
+        (ValueError, "edge_index: expected an integer", refused(T, X, INDEX.float())),
+        (ValueError, "edge_index: 4 sources", refused(GAT, X, SMALL)),
+        (ValueError, "edge_index: expected shape", refused(GAT, X, torch.eye(4).to_sparse())),
+        (ValueError, "edge_attr: a layer with edge_dim=None", refused(T, X, INDEX, ONES)),
+        (ValueError, "edge_attr: a layer with edge_dim=3", refused(T, X, INDEX, edge_dim=3)),
+        (ValueError, "edge_attr: a layer", refused(V2, X, INDEX, ONES)),
+        (ValueError, r"edge_attr: expected shape \[2", refused(GAT, X, INDEX, torch.ones(3, 3), edge_dim=3)),
+        (TypeError, "edge_attr: expected a tensor", refused(GAT, X, INDEX, [1.0, 2.0], edge_dim=1)),
+        (ValueError, "fill_value", refused(GAT, X, INDEX, ONES, edge_dim=3, fill_value="median")),
+        (ValueError, "size: expected", refused(GAT, X, INDEX, None, (5, 4))),
+        (NotImplementedError, "flow", refused(GAT, X, INDEX, flow="target_to_source")),
+        (NotImplementedError, "aggr", refused(T, X, INDEX, aggr="max")),
+        (TypeError, "depth: unexpected", refused(T, X, INDEX, depth=3)),
     ],
-)  # fmt: skip
+)
 def test_bad_input(error: type[Exception], message: str, call: Any) -> None:
     with pytest.raises(error, match=message):
         call()

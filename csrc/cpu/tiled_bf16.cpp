@@ -10,11 +10,10 @@
 namespace saccade {
 namespace SACCADE_ISA {
 
-// weights and decode read each key once per call: the fp32 bodies, which widen as they read, lose nothing
-// there.
+// decode reads each key once per call: its fp32 body, which widens as it reads, loses nothing.
 extern const KernelTable bf16_kernels;
-const KernelTable bf16_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Bf16>, &backward_plan<Bf16>, nullptr,
-                               nullptr};
+const KernelTable bf16_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Bf16>, &backward_plan<Bf16>,
+                               &weights_plan<Bf16>, nullptr};
 
 }  // namespace SACCADE_ISA
 }  // namespace saccade

@@ -21,6 +21,15 @@ SWAPS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.MultiheadAttention: nn.MultiheadAttention
 }
 
+# What stands around them follows, once its attention is ours: torch's layers have an inference path past it.
+AROUND: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerEncoder: nn.TransformerEncoder,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.TransformerDecoder: nn.TransformerDecoder,
+    torch.nn.Transformer: nn.Transformer,
+}
+
 _UNDO = "_saccade_undo"  # on every module that was touched: {attribute: value before}
 
 
@@ -54,9 +63,10 @@ def accelerate(model: torch.nn.Module, *, verify: bool = True) -> Report:
     swapped module must give what it gave before, output, weights and input gradients, on small random inputs;
     one that does not is put back and reported. torch's random generators are left as they were.
 
-    `torch.nn.TransformerEncoderLayer` and `TransformerEncoder` have a fused inference path that never calls
-    `self_attn`; it is switched off around swapped modules. One visible effect: an encoder in eval with
-    `src_key_padding_mask` returns ordinary values at padded positions, as in training; that path gave zeros.
+    torch's Transformer layers and stacks around swapped modules become those of `saccade.nn` too, noted in
+    the report: torch's have a fused inference path that never calls `self_attn`. In subclasses of them that
+    path is switched off. One visible effect: an encoder in eval with `src_key_padding_mask` returns ordinary
+    values at padded positions, as in training; that path gave zeros.
 
     Raises TypeError when `model` is not a module.
     """
@@ -145,20 +155,37 @@ def _change_class(module: torch.nn.Module) -> None:
 
 
 def _open(module: torch.nn.Module) -> str:
-    """Make an encoder call its `self_attn` in eval too, where that is saccade's."""
-    own = tuple(SWAPS.values())
-    attribute: tuple[str, Any] | None = None
-    if isinstance(module, torch.nn.TransformerEncoderLayer) and isinstance(module.self_attn, own):
-        attribute = ("activation_relu_or_gelu", 0)
-    elif isinstance(module, torch.nn.TransformerEncoder):
-        if any(isinstance(getattr(layer, "self_attn", None), own) for layer in module.layers):
-            attribute = ("use_nested_tensor", False)
-    if attribute is None or _UNDO in module.__dict__ or not getattr(module, attribute[0], None):
+    """Make what stands around a swapped attention call it in eval too; returns what was changed."""
+    if _UNDO in module.__dict__ or not _stands_around(module):
         return ""
-    name, value = attribute
+    if type(module) in AROUND and "forward" not in module.__dict__:
+        own = AROUND[type(module)]
+        module.__dict__[_UNDO] = {"__class__": type(module)}
+        module.__class__ = own
+        return f"now saccade.nn.{own.__name__}, which calls the attention module in inference too"
+    # Another class keeps its forward: the fused path is switched off in it.
+    kind, name, value = (torch.nn.TransformerEncoder, "use_nested_tensor", False)
+    if isinstance(module, torch.nn.TransformerEncoderLayer):
+        kind, name, value = (torch.nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0)
+    if not isinstance(module, kind) or isinstance(module, tuple(AROUND.values())):
+        return ""
+    if not getattr(module, name, None):
+        return ""
     module.__dict__[_UNDO] = {name: getattr(module, name)}
     setattr(module, name, value)
     return f"{name}={value}, so that inference calls the attention module too"
+
+
+def _stands_around(module: torch.nn.Module) -> bool:
+    """Whether a Transformer's part calls a swapped attention: a layer, or a stack of such layers."""
+    if isinstance(module, torch.nn.Transformer):
+        return any(_stands_around(part) for part in (module.encoder, module.decoder))
+    if isinstance(module, torch.nn.TransformerEncoder | torch.nn.TransformerDecoder):
+        return any(isinstance(getattr(x, "self_attn", None), tuple(SWAPS.values())) for x in module.layers)
+    if isinstance(module, torch.nn.TransformerEncoderLayer | torch.nn.TransformerDecoderLayer):
+        parts = (getattr(module, name, None) for name in ("self_attn", "multihead_attn"))
+        return any(isinstance(part, tuple(SWAPS.values())) for part in parts)
+    return False
 
 
 def _undo(module: torch.nn.Module) -> None:

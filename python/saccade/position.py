@@ -37,6 +37,10 @@ class Position:
         """The tensors that take gradients."""
         return ()
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(list(x.shape)) for x in self.tensors())
+        return f"{type(self).__name__}({shapes})"
+
 
 class DistanceBias(Position):
     """A term that is one number per head and distance."""

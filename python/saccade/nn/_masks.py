@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Causal, KeyPadding, Mask
+from ._bands import as_band
 
 # The hint of torch's modules is that of F.scaled_dot_product_attention: aligned with the first key.
 _HINT = Causal(align="start")
@@ -16,12 +17,14 @@ def resolve_masks(
 ) -> tuple[Mask | None, Tensor | None]:
     """(mask, bias) of (key_padding_mask [N, S], attn_mask [L, S] or [N * H, L, S]); `sizes` is (N, H).
 
-    Padding stays [N, S]; a bias keeps the size 1 where it is the same for all. No value is read.
+    Padding stays [N, S]; a bias keeps the size 1 where it is the same for all. An attn_mask that is a band becomes one.
     """
     key_padding_mask, attn_mask = masks
     mask: Mask | None = _HINT if is_causal else None
     bias = None
-    if attn_mask is not None:
+    if attn_mask is not None and (band := as_band(attn_mask)) is not None:
+        mask = band if mask is None else mask & band
+    elif attn_mask is not None:
         added = _as_bias(attn_mask, dtype)
         bias = added[None, None] if added.dim() == 2 else added.view(*sizes, *added.shape[1:])
     if key_padding_mask is not None:

@@ -1,0 +1,264 @@
+"""`TransformerEncoder`, `TransformerDecoder` and `Transformer`: torch's stacks over this package's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..masks import Causal, Mask
+from . import _extras, _nested
+from ._causal import is_causal_mask
+from .attention import MultiheadAttention
+from .transformer_layers import (
+    Activation,
+    AnyMask,
+    Rows,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    as_floats,
+    check_dtypes,
+    check_extras,
+    has_own_block,
+)
+
+Windows = Sequence[tuple[Any, Any] | None] | None
+
+
+def _set_windows(layers: nn.ModuleList, windows: Windows) -> None:
+    """One window for the self-attention of each layer."""
+    if windows is None:
+        return
+    if len(windows) != len(layers):
+        raise ValueError(f"windows: expected one for each of {len(layers)} layers, got {len(windows)}")
+    for layer, window in zip(layers, windows, strict=True):
+        attention: Any = getattr(layer, "self_attn", None)
+        if window is None:
+            continue
+        if not isinstance(attention, MultiheadAttention):
+            raise TypeError(f"windows: expected saccade's layers, got {type(layer).__name__}")
+        if attention.compat != "safe":
+            raise ValueError('windows: compat="torch" knows none')
+        attention._window = None
+        _extras.set_window(attention, window)
+        attention._has_extras, attention._qkv_same_embed_dim = True, False
+
+
+def _detect(mask: AnyMask, is_causal: bool | None, x: Tensor, first: bool) -> bool:
+    """torch's hint for the layers: asked for, or not denied and the mask is the causal one of this length."""
+    if is_causal is not None or not isinstance(mask, Tensor):
+        return is_causal is True
+    if not x.is_nested and mask.shape[-1] != x.shape[1 if first and x.dim() == 3 else 0]:
+        return False
+    return is_causal_mask(mask)
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder` without a conversion to nested tensors: padded keys cost a bit each.
+
+    Args:
+        encoder_layer, num_layers, norm: torch's.
+        enable_nested_tensor, mask_check: kept as attributes; padding needs neither, nor torch's warning that
+            a layer cannot use them.
+        windows: per layer (left, right), or None for what `encoder_layer` has.
+        packed: with a bool src_key_padding_mask, run on the valid tokens alone, so that padding costs
+            nothing. Rows of the output at padded positions are then zeros; otherwise they hold ordinary
+            values, as torch's do in training. Valid rows are the same.
+    """
+
+    packed: bool = False
+
+    def __init__(
+        self,
+        encoder_layer: nn.Module,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        enable_nested_tensor: bool = True,
+        mask_check: bool = True,
+        *,
+        windows: Windows = None,
+        packed: bool = False,
+    ) -> None:
+        layer: Any = encoder_layer
+        super().__init__(layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
+        self.enable_nested_tensor = enable_nested_tensor
+        _set_windows(self.layers, windows)
+        if packed:
+            self.packed = True
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: AnyMask = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """torch's forward; shapes as in the layer. `mask` may be a saccade.Mask too."""
+        padding = src_key_padding_mask
+        check_dtypes(src_key_padding_mask=padding, mask=mask)
+        first_layer: Any = self.layers[0]
+        first = first_layer.self_attn.batch_first
+        is_causal = _detect(mask, is_causal, src, first)
+        if self.packed and padding is not None and padding.dtype == torch.bool and not src.is_nested:
+            if self._can_pack(src, mask, padding, is_causal):
+                return self._run_packed(src, padding, first, is_causal)
+            out = self._run(src, mask, padding, is_causal)
+            hidden = padding if src.dim() == 2 or first else padding.t()
+            return out.masked_fill(hidden[..., None], 0.0)
+        if src.is_nested and all(isinstance(x, TransformerEncoderLayer) for x in self.layers):
+            rows = Rows(src)  # taken apart once for all layers
+            return rows.close(rows.flat(self._run(rows.nested(rows.values), mask, padding, is_causal)))
+        return self._run(src, mask, padding, is_causal)
+
+    def _run(self, x: Tensor, mask: AnyMask, padding: Tensor | None, is_causal: bool) -> Tensor:
+        for layer in self.layers:
+            p, m = padding, mask
+            if not isinstance(layer, TransformerEncoderLayer):
+                p, m = as_floats(padding, mask, x.dtype, "mask")
+            x = layer(x, src_mask=m, is_causal=is_causal, src_key_padding_mask=p)
+        return x if self.norm is None else self.norm(x)
+
+    def _can_pack(self, src: Tensor, mask: AnyMask, padding: Tensor, is_causal: bool) -> bool:
+        """Whether the valid tokens alone give the same."""
+        if src.dim() != 3 or torch.compiler.is_compiling() or not all(map(has_own_block, self.layers)):
+            return False
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        if any(type(x) is not MultiheadAttention for x in attentions):
+            return False
+        if mask is not None and not (is_causal and isinstance(mask, Tensor) and is_causal_mask(mask)):
+            return False  # it speaks of places in the padded sequence
+        if torch._C._functorch.peek_interpreter_stack() is not None or (mask is None and is_causal):
+            return False
+        if padding.shape != (src.shape[:2] if attentions[0].batch_first else src.shape[1::-1]):
+            return False  # torch's error
+        # Windows and positions count tokens, so a gap between valid ones must keep its width.
+        return not any(x._has_extras for x in attentions) or not bool(_has_gap(~padding))
+
+    def _run_packed(self, src: Tensor, padding: Tensor, first: bool, is_causal: bool) -> Tensor:
+        keep = ~padding
+        x = src if first else src.transpose(0, 1)
+        lengths = keep.sum(1)
+        ends = F.pad(lengths.cumsum(0), (1, 0))
+        at = keep.flatten().nonzero().squeeze(1)
+        values = x.flatten(0, 1).index_select(0, at)
+        longest = int(lengths.max()) if len(lengths) else 0
+        rows = torch.nested.nested_tensor_from_jagged(values, ends, max_seqlen=longest)
+        values = _nested.pack(self._run(rows, Causal() if is_causal else None, None, False)).values
+        out = values.new_zeros(x.shape[0] * x.shape[1], values.shape[-1]).index_copy(0, at, values)
+        out = out.view(*x.shape[:2], -1)
+        return out if first else out.transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        return "packed=True" if self.packed else ""
+
+
+def _has_gap(keep: Tensor) -> Tensor:
+    """Whether the True of any row [N, S] come in more than one run."""
+    starts = keep.clone()
+    starts[:, 1:] &= ~keep[:, :-1]
+    return (starts.sum(1) > 1).any()
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    """`torch.nn.TransformerDecoder`; `windows` is as in the encoder, for self-attention."""
+
+    def __init__(
+        self,
+        decoder_layer: nn.Module,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        *,
+        windows: Windows = None,
+    ) -> None:
+        layer: Any = decoder_layer
+        super().__init__(layer, num_layers, norm)
+        _set_windows(self.layers, windows)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: AnyMask = None,
+        memory_mask: AnyMask = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """torch's forward; shapes as in the layer. `tgt_mask` and `memory_mask` may be a saccade.Mask too."""
+        first_layer: Any = self.layers[0]
+        causal = _detect(tgt_mask, tgt_is_causal, tgt, first_layer.self_attn.batch_first)
+        x = tgt
+        for layer in self.layers:
+            x = layer(
+                x,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                tgt_is_causal=causal,
+                memory_is_causal=memory_is_causal,
+            )
+        return x if self.norm is None else self.norm(x)
+
+
+class Transformer(nn.Transformer):
+    """`torch.nn.Transformer` of this package's encoder and decoder.
+
+    Args:
+        d_model, ..., dtype: torch's.
+        encoder_windows, decoder_windows: per layer (left, right) or None, for self-attention.
+        packed: `TransformerEncoder`'s.
+        others: `TransformerEncoderLayer`'s, for the layers of both.
+
+    forward is torch's; src_mask, tgt_mask and memory_mask may be a saccade.Mask each.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: Activation = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        encoder_windows: Windows = None,
+        decoder_windows: Windows = None,
+        packed: bool = False,
+        **extras: Any,
+    ) -> None:
+        check_extras(extras)
+        if custom_encoder is not None and (encoder_windows is not None or packed):
+            raise ValueError("encoder_windows, packed: not for a custom_encoder; give them to it")
+        if custom_decoder is not None and decoder_windows is not None:
+            raise ValueError("decoder_windows: not for a custom_decoder; give them to it")
+        layer = (dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
+        # Made in torch's order, so that its generator is left where torch leaves it.
+        encoder, decoder = custom_encoder, custom_decoder
+        if encoder is None:
+            one = TransformerEncoderLayer(d_model, nhead, *layer, device, dtype, **extras)
+            norm = nn.LayerNorm(d_model, layer_norm_eps, bias=bias, device=device, dtype=dtype)
+            encoder = TransformerEncoder(
+                one, num_encoder_layers, norm, windows=encoder_windows, packed=packed
+            )
+        if decoder is None:
+            other = TransformerDecoderLayer(d_model, nhead, *layer, device, dtype, **extras)
+            norm = nn.LayerNorm(d_model, layer_norm_eps, bias=bias, device=device, dtype=dtype)
+            decoder = TransformerDecoder(other, num_decoder_layers, norm, windows=decoder_windows)
+        super().__init__(
+            d_model, nhead, custom_encoder=encoder, custom_decoder=decoder, batch_first=batch_first
+        )

@@ -164,12 +164,9 @@ def _open(module: torch.nn.Module) -> str:
         module.__class__ = own
         return f"now saccade.nn.{own.__name__}, which calls the attention module in inference too"
     # Another class keeps its forward: the fused path is switched off in it.
-    kind, name, value = (torch.nn.TransformerEncoder, "use_nested_tensor", False)
-    if isinstance(module, torch.nn.TransformerEncoderLayer):
-        kind, name, value = (torch.nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0)
-    if not isinstance(module, kind) or isinstance(module, tuple(AROUND.values())):
-        return ""
-    if not getattr(module, name, None):
+    is_layer = isinstance(module, torch.nn.TransformerEncoderLayer)
+    name, value = ("activation_relu_or_gelu", 0) if is_layer else ("use_nested_tensor", False)
+    if isinstance(module, tuple(AROUND.values())) or not getattr(module, name, None):
         return ""
     module.__dict__[_UNDO] = {name: getattr(module, name)}
     setattr(module, name, value)
@@ -179,13 +176,11 @@ def _open(module: torch.nn.Module) -> str:
 def _stands_around(module: torch.nn.Module) -> bool:
     """Whether a Transformer's part calls a swapped attention: a layer, or a stack of such layers."""
     if isinstance(module, torch.nn.Transformer):
-        return any(_stands_around(part) for part in (module.encoder, module.decoder))
+        return any(map(_stands_around, (module.encoder, module.decoder)))
     if isinstance(module, torch.nn.TransformerEncoder | torch.nn.TransformerDecoder):
-        return any(isinstance(getattr(x, "self_attn", None), tuple(SWAPS.values())) for x in module.layers)
-    if isinstance(module, torch.nn.TransformerEncoderLayer | torch.nn.TransformerDecoderLayer):
-        parts = (getattr(module, name, None) for name in ("self_attn", "multihead_attn"))
-        return any(isinstance(part, tuple(SWAPS.values())) for part in parts)
-    return False
+        return any(map(_stands_around, module.layers))
+    parts = [getattr(module, name, None) for name in ("self_attn", "multihead_attn")]
+    return isinstance(module, tuple(AROUND)) and any(isinstance(x, tuple(SWAPS.values())) for x in parts)
 
 
 def _undo(module: torch.nn.Module) -> None:

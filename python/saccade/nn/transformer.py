@@ -11,17 +11,13 @@ from torch.nn import functional as F
 
 from ..masks import Causal, Mask
 from . import _extras, _nested
+from ._blocks import AnyMask, Rows, as_floats, check_dtypes, check_extras
 from ._causal import is_causal_mask
 from .attention import MultiheadAttention
 from .transformer_layers import (
     Activation,
-    AnyMask,
-    Rows,
     TransformerDecoderLayer,
     TransformerEncoderLayer,
-    as_floats,
-    check_dtypes,
-    check_extras,
     has_own_block,
 )
 

@@ -1,4 +1,4 @@
-"""Every instruction set of this processor, the emulated bf16 tiles too, on the same problems; its machine code."""
+"""Every instruction set here, the emulated bf16 tiles too, on the same problems; and its machine code."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ import torch
 
 from . import cases
 from .attention import AttentionWork
+from .graph import GraphWork
+from .graph_cases import graphs
 from .measure import Budget
 from .modules import ModuleWork
 
@@ -66,6 +68,7 @@ _SWEEP = (
 )
 
 register("attention", Suite("layers of well-known models, and what options cost", _ATTENTION, Budget(0.5, 3)))
+register("graph", Suite("graphs, edge by edge", (Part(GraphWork, graphs),), Budget(0.5, 3)))
 register("module", Suite("nn.MultiheadAttention, swapped and not", (_MODULE,), Budget(0.6, 5)))
 register(
     "cpu", Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE), Budget(1.5, 5), True)

@@ -222,7 +222,8 @@ def draw(path: Path, runs: dict[str, Run]) -> bool:
             ax.bar_label(bars, fmt="%.0f", fontsize=8)
         ax.set_xticks(range(len(kinds)), kinds)
         ax.set_title(title)
-        ax.legend(fontsize=8)
+        ax.margins(y=0.3)
+        ax.legend(fontsize=8, loc="upper center", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -232,7 +233,7 @@ def draw(path: Path, runs: dict[str, Run]) -> bool:
 def main() -> None:
     """Train all, show the table, leave results/ behind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=40, help="training steps of each model (default 40)")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each model (default 60)")
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="masks to compare (default all)"
     )

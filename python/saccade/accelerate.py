@@ -63,10 +63,9 @@ def accelerate(model: torch.nn.Module, *, verify: bool = True) -> Report:
     swapped module must give what it gave before, output, weights and input gradients, on small random inputs;
     one that does not is put back and reported. torch's random generators are left as they were.
 
-    torch's Transformer layers and stacks around swapped modules become those of `saccade.nn` too, noted in
-    the report: torch's have a fused inference path that never calls `self_attn`. In subclasses of them that
-    path is switched off. One visible effect: an encoder in eval with `src_key_padding_mask` returns ordinary
-    values at padded positions, as in training; that path gave zeros.
+    torch's Transformer layers and stacks around them become those of `saccade.nn` (in the report's notes):
+    torch's fused inference path never calls `self_attn`. In subclasses that path is switched off. An encoder
+    in eval with `src_key_padding_mask` then returns ordinary values at padded positions, not zeros.
 
     Raises TypeError when `model` is not a module.
     """
@@ -135,7 +134,7 @@ def _swap(module: Any, verify: bool) -> str:
             return f"torch's own module fails on a small input: {_first_line(error)}"
         if not all(x.isfinite().all() for x in before["plain"]):
             return "its results are not finite, so they cannot be compared; verify=False swaps without"
-    _change_class(module)
+    _change_class(module, SWAPS[type(module)])
     if before is None:
         return ""
     try:
@@ -148,10 +147,10 @@ def _swap(module: Any, verify: bool) -> str:
     return ""
 
 
-def _change_class(module: torch.nn.Module) -> None:
+def _change_class(module: torch.nn.Module, own: type[torch.nn.Module]) -> None:
     # What torch's object lacks are class attributes of saccade's class, at torch's meaning.
     module.__dict__[_UNDO] = {"__class__": type(module)}
-    module.__class__ = SWAPS[type(module)]
+    module.__class__ = own
 
 
 def _open(module: torch.nn.Module) -> str:
@@ -159,18 +158,16 @@ def _open(module: torch.nn.Module) -> str:
     if _UNDO in module.__dict__ or not _stands_around(module):
         return ""
     if type(module) in AROUND and "forward" not in module.__dict__:
-        own = AROUND[type(module)]
-        module.__dict__[_UNDO] = {"__class__": type(module)}
-        module.__class__ = own
-        return f"now saccade.nn.{own.__name__}, which calls the attention module in inference too"
+        _change_class(module, AROUND[type(module)])
+        return f"now saccade.nn.{type(module).__name__}, which calls the attention module in inference too"
     # Another class keeps its forward: the fused path is switched off in it.
-    is_layer = isinstance(module, torch.nn.TransformerEncoderLayer)
-    name, value = ("activation_relu_or_gelu", 0) if is_layer else ("use_nested_tensor", False)
+    layer = isinstance(module, torch.nn.TransformerEncoderLayer)
+    name = "activation_relu_or_gelu" if layer else "use_nested_tensor"
     if isinstance(module, tuple(AROUND.values())) or not getattr(module, name, None):
         return ""
     module.__dict__[_UNDO] = {name: getattr(module, name)}
-    setattr(module, name, value)
-    return f"{name}={value}, so that inference calls the attention module too"
+    setattr(module, name, 0 if layer else False)
+    return f"{name}={getattr(module, name)}, so that inference calls the attention module too"
 
 
 def _stands_around(module: torch.nn.Module) -> bool:

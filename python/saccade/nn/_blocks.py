@@ -35,14 +35,15 @@ def check_extras(extras: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def own_attention(made: Any, num_heads: int, extras: dict[str, Any], factory: dict[str, Any]) -> MultiheadAttention:
+def own_attention(
+    made: Any, num_heads: int, extras: dict[str, Any], factory: dict[str, Any]
+) -> MultiheadAttention:
     """torch's freshly made attention as ours: the same object, unless it is to be another."""
     if not extras:
         made.__class__ = MultiheadAttention  # what it lacks are class attributes, at torch's meaning
         return made
-    options = (made.dropout, made.in_proj_bias is not None)
-    first = made.batch_first
-    return MultiheadAttention(made.embed_dim, num_heads, *options, batch_first=first, **factory, **extras)
+    base = {"dropout": made.dropout, "bias": made.in_proj_bias is not None, "batch_first": made.batch_first}
+    return MultiheadAttention(made.embed_dim, num_heads, **base, **factory, **extras)
 
 
 def check_dtypes(**masks: Any) -> None:
@@ -61,8 +62,8 @@ def as_floats(key_padding_mask: Tensor | None, attn_mask: AnyMask, dtype: torch.
     return padding, F._canonical_mask(attn_mask, name, None, "", dtype, check_other=False)
 
 
-def split_mask(attn_mask: AnyMask, mask: Mask | None) -> tuple[Tensor | None, dict[str, Mask]]:
-    """The tensor, and what else must hold as a keyword: none where there is nothing, for overridden blocks."""
+def split_mask(attn_mask: AnyMask, mask: Mask | None) -> tuple[Tensor | None, dict[str, Any]]:
+    """The tensor, and what else must hold as a keyword, if anything: overridden blocks may not know it."""
     if isinstance(attn_mask, Mask):
         attn_mask, mask = None, join(attn_mask, mask)
     return attn_mask, {} if mask is None else {"mask": mask}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..masks import Causal, Mask
+from ..masks import Causal
 from . import _extras, _nested
 from ._blocks import AnyMask, Rows, as_floats, check_dtypes, check_extras
 from ._causal import is_causal_mask

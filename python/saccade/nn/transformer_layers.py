@@ -73,9 +73,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         rows = Rows(src)
 
         def attended(x: Tensor) -> Tensor:
-            return rows.flat(
-                self._sa_block(rows.nested(x), attn_mask, padding, is_causal=is_causal, **also)
-            )
+            return rows.flat(self._sa_block(rows.nested(x), attn_mask, padding, is_causal=is_causal, **also))
 
         x = rows.values
         if self.norm_first:
@@ -153,7 +151,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         *,
         mask: Mask | None = None,
     ) -> Tensor:
-        """torch's forward. `tgt_mask` and `memory_mask` may be a saccade.Mask too; `mask` is one more for tgt.
+        """torch's forward. `tgt_mask`, `memory_mask` may be a saccade.Mask too; `mask` is one more for tgt.
 
         Shapes: tgt (T, N, E) and memory (S, N, E), or batch_first, or unbatched, or both nested; tgt_mask
         (T, T), memory_mask (T, S), each also with N * nhead before; padding (N, T) and (N, S). Output like
@@ -169,9 +167,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
         def crossed(x: Tensor) -> Tensor:
             masks = (cross_mask, memory_key_padding_mask)
-            return rows.flat(
-                self._mha_block(rows.nested(x), memory, *masks, memory_is_causal, **cross_also)
-            )
+            return rows.flat(self._mha_block(rows.nested(x), memory, *masks, memory_is_causal, **cross_also))
 
         x = rows.values
         if self.norm_first:

@@ -1,0 +1,252 @@
+"""How attention on graphs is measured: saccade beside PyTorch Geometric, gather and scatter, torch.sparse, a
+dense mask, and the copies that the rows of all edges cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import saccade
+import torch
+import torch.nn.functional as F
+from saccade.graph import Graph
+from torch import Tensor
+
+from .cases import DTYPES, FORWARD, TRAIN
+from .check import NAMES, compare
+from .graph_cases import GraphCase
+
+Call = Callable[[], list[Tensor]]
+_DENSE_NODES = 2048  # no dense mask above
+_BLOCK_BYTES = 1 << 22  # rows copied at a time when the gather bandwidth is measured
+_ORACLE_EDGES = 1 << 17
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v and the cotangent [N, H, D], as layers for graphs hold them."""
+
+    case: GraphCase
+    graph: Graph
+    sources: Tensor  # [E] int64, by target
+    targets: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+    @classmethod
+    def of(cls, case: GraphCase, device: str) -> Inputs:
+        """Drawn from N(0, 1) with a fixed seed."""
+        draw, graph = torch.Generator(device).manual_seed(0), case.graph().to(device)
+        shape, dtype = (graph.num_keys, case.heads, case.head_dim), DTYPES[case.dtype]
+        q, k, v = (
+            torch.randn(shape, generator=draw, device=device).to(dtype).requires_grad_() for _ in range(3)
+        )
+        dout = torch.randint(-8, 9, shape, generator=draw, device=device).to(dtype) / 8
+        return cls(case, graph, graph.indices.long(), graph.rows, q, k, v, dout)
+
+
+def _call(inputs: Inputs, direction: str, forward: Callable[[], Tensor]) -> Call:
+    def forward_only() -> list[Tensor]:
+        with torch.no_grad():
+            return [forward()]
+
+    def train() -> list[Tensor]:
+        out = forward()
+        return [out.detach(), *torch.autograd.grad(out, [inputs.q, inputs.k, inputs.v], inputs.dout)]
+
+    return train if direction == TRAIN else forward_only
+
+
+def ours(inputs: Inputs, direction: str) -> Call | str:
+    """`saccade.attention`."""
+    q, k, v = (x.transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v))
+    return _call(inputs, direction, lambda: saccade.attention(q, k, v, inputs.graph).transpose(0, 1))
+
+
+def pyg(inputs: Inputs, direction: str) -> Call | str:
+    """What TransformerConv does between its projections."""
+    try:
+        from torch_geometric.nn import TransformerConv
+    except ImportError:
+        return "torch_geometric is not installed"
+    conv, index = (
+        TransformerConv(1, inputs.case.head_dim, inputs.case.heads),
+        torch.stack([inputs.sources, inputs.targets]),
+    )
+    conv.to(inputs.q.device)
+
+    def forward() -> Tensor:
+        found = conv.propagate(index, query=inputs.q, key=inputs.k, value=inputs.v, edge_attr=None)
+        conv._alpha = None
+        return found
+
+    return _call(inputs, direction, forward)
+
+
+def gather_scatter(inputs: Inputs, direction: str) -> Call | str:
+    """The same written in torch: gather, softmax by scatter, scatter."""
+    i, j = inputs.targets, inputs.sources
+
+    def forward() -> Tensor:
+        n, heads, dim = inputs.q.shape
+        logits = (inputs.q[i] * inputs.k[j]).sum(-1) * dim**-0.5
+        where = i[:, None].expand_as(logits)
+        peak = logits.new_full((n, heads), -torch.inf).scatter_reduce(0, where, logits.detach(), "amax")
+        powers = torch.exp(logits - peak[i])
+        weights = powers / powers.new_zeros(n, heads).index_add(0, i, powers)[i]
+        return torch.zeros_like(inputs.v).index_add(0, i, weights[..., None] * inputs.v[j])
+
+    return _call(inputs, direction, forward)
+
+
+def sparse(inputs: Inputs, direction: str) -> Call | str:
+    """torch.sparse, head by head: sampled_addmm, softmax over the CSR rows, CSR times dense."""
+    if direction != FORWARD:
+        return "compared in forward only"
+    n, heads, dim = inputs.q.shape
+    graph, i = inputs.graph, inputs.targets
+    columns = inputs.sources
+
+    def csr(values: Tensor) -> Tensor:
+        return torch.sparse_csr_tensor(graph.indptr, columns, values, (n, n), check_invariants=False)
+
+    pattern = csr(torch.zeros(columns.numel(), dtype=inputs.q.dtype, device=inputs.q.device))
+
+    def forward() -> Tensor:
+        outs = []
+        for h in range(heads):
+            q, k, v = (x[:, h].contiguous() for x in (inputs.q, inputs.k, inputs.v))
+            logits = torch.sparse.sampled_addmm(pattern, q, k.t(), beta=0.0, alpha=dim**-0.5).values()
+            # The empty rows' -inf never leaves this line.
+            peak = torch.segment_reduce(logits, "max", offsets=graph.indptr, initial=-torch.inf)
+            powers = torch.exp(logits - peak[i])
+            total = torch.segment_reduce(powers, "sum", offsets=graph.indptr, initial=0)
+            outs.append(csr(powers / total[i]) @ v)
+        return torch.stack(outs, 1)
+
+    return _call(inputs, direction, forward)
+
+
+def sdpa_mask(inputs: Inputs, direction: str) -> Call | str:
+    """scaled_dot_product_attention with a dense mask; rows without edges are set to 0 as elsewhere."""
+    if inputs.graph.num_keys > _DENSE_NODES:
+        return "a dense mask would not fit"
+    keep = inputs.graph.materialize()
+    some = keep.any(-1)
+    mask = torch.zeros(keep.shape, dtype=inputs.q.dtype, device=inputs.q.device)
+    mask = mask.masked_fill_(~(keep | ~some[:, None]), -torch.inf)
+
+    def forward() -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (inputs.q, inputs.k, inputs.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+        return out if bool(some.all()) else torch.where(some[:, None, None], out, 0.0)
+
+    return _call(inputs, direction, forward)
+
+
+def gather(inputs: Inputs, direction: str) -> Call | str:
+    """The limit: the rows of every edge read by index_select, no arithmetic. Forward k and v; backward k and
+    v once more by target, and q and dout by source.
+    """
+    rows = [(inputs.k, inputs.sources), (inputs.v, inputs.sources)]
+    if direction == TRAIN:
+        by_source = inputs.graph.columns()[1].long()
+        rows += [*rows, (inputs.q, by_source), (inputs.dout, by_source)]
+    width = inputs.case.heads * inputs.case.head_dim
+    step = max(1, _BLOCK_BYTES // (width * inputs.q.element_size()))
+    block = inputs.q.new_empty(step, width)
+    # A block is written again and again, so that only reading goes past the cache.
+    pieces = [(x.detach().flatten(1), part) for x, index in rows for part in index.split(step)]
+
+    def copies() -> list[Tensor]:
+        for x, part in pieces:
+            torch.index_select(x, 0, part, out=block[: part.numel()])
+        return [block]
+
+    return copies
+
+
+PROVIDERS = {
+    "saccade": ours,
+    "pyg": pyg,
+    "gather-scatter": gather_scatter,
+    "sparse": sparse,
+    "sdpa-mask": sdpa_mask,
+    "gather": gather,
+}
+
+
+def by_edges(inputs: Inputs, head: int, dtype: torch.dtype, train: bool) -> list[Tensor]:
+    """out [N, D], and the gradients of q, k, v, of one head from the formulas, a run of edges at a time."""
+    q, k, v, dout = (x.detach()[:, head].to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    parts = list(zip(inputs.targets.split(_ORACLE_EDGES), inputs.sources.split(_ORACLE_EDGES), strict=True))
+    scale, n = q.shape[1] ** -0.5, len(q)
+    logits = torch.cat([(q[i] * k[j]).sum(-1) * scale for i, j in parts])
+    peak = logits.new_full((n,), -torch.inf).scatter_reduce(0, inputs.targets, logits, "amax")
+    powers = torch.exp(logits - peak[inputs.targets])
+    weights = powers / powers.new_zeros(n).index_add(0, inputs.targets, powers)[inputs.targets]
+    runs = list(zip(parts, weights.split(_ORACLE_EDGES), strict=True))
+    out = torch.zeros_like(v)
+    for (i, j), p in runs:
+        out.index_add_(0, i, p[:, None] * v[j])
+    if not train:
+        return [out]
+    delta = (dout * out).sum(-1)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for (i, j), p in runs:
+        ds = (p * ((dout[i] * v[j]).sum(-1) - delta[i]) * scale)[:, None]
+        dq.index_add_(0, i, ds * k[j])
+        dk.index_add_(0, j, ds * q[i])
+        dv.index_add_(0, j, p[:, None] * dout[i])
+    return [out, dq, dk, dv]
+
+
+class GraphWork:
+    """One graph made ready: its inputs, its providers, its check on the last head."""
+
+    def __init__(self, case: GraphCase, device: str, excluded: frozenset[str] = frozenset()) -> None:
+        self.case, self.inputs = case, Inputs.of(case, device)
+        self._providers = {name: p for name, p in PROVIDERS.items() if name not in excluded}
+        self._known: tuple[list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.case.dtype]
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return self.case.directions
+
+    def offers(self, direction: str) -> dict[str, Call | str]:
+        """The call of every provider, or its reason."""
+        return {name: offer(self.inputs, direction) for name, offer in self._providers.items()}
+
+    def fault(self, name: str, direction: str, call: Any) -> str:
+        """Run a provider once and compare; empty when it is right."""
+        got = call()
+        if name == "gather":
+            return self._fault_of_copies(got[0], direction)
+        head = self.case.heads - 1
+        if self._known is None:
+            train = TRAIN in self.directions
+            plain, exact = (by_edges(self.inputs, head, d, train) for d in (self.dtype, torch.float64))
+            self._known = plain, exact
+        return (
+            compare([x[:, head] for x in got], *self._known) if len(got) <= len(NAMES) else "too many results"
+        )
+
+    def _fault_of_copies(self, block: Tensor, direction: str) -> str:
+        """The last rows copied must be those of the last edges."""
+        inputs = self.inputs
+        x, index = inputs.v, inputs.sources
+        if direction == TRAIN:
+            x, index = inputs.dout, inputs.graph.columns()[1].long()
+        last = index.split(len(block))[-1]
+        return "" if torch.equal(block[: len(last)], x.flatten(1)[last]) else "other rows were copied"
+
+    def flops(self, direction: str, name: str) -> int:
+        return self.case.flops(direction)

@@ -1,0 +1,96 @@
+"""Graphs that are measured: Erdos-Renyi, power-law, grid, molecules; 10 thousand to a million edges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from saccade.graph import Graph
+from saccade.patterns import grid2d
+from torch import Tensor
+
+from .cases import FORWARD, TRAIN, Group
+
+KINDS = ("erdos-renyi", "power-law", "grid", "molecules")
+# (edges, heads, head_dim); a million edges with 8 heads of 128 would be 4 GB for each tensor of a peer.
+SIZES = ((10_000, 8, 16), (10_000, 4, 64), (100_000, 1, 128), (100_000, 4, 32), (100_000, 8, 64),
+         (1_000_000, 1, 64), (1_000_000, 8, 16))  # fmt: skip
+_DEGREE = 10
+_MOLECULE = 23  # atoms: a ring of six, the rest a chain
+
+
+@dataclass(frozen=True)
+class GraphCase:
+    """Attention along the edges of one graph, batch 1."""
+
+    name: str
+    kind: str
+    edges: int  # asked for; repeated ones are taken out, so a few less are there
+    heads: int
+    head_dim: int
+    dtype: str = "fp32"
+    directions: tuple[str, ...] = (FORWARD, TRAIN)
+
+    def graph(self) -> Graph:
+        return build(self.kind, self.edges)
+
+    def flops(self, direction: str) -> int:
+        """Useful operations: q.k and p v of every edge, and five products more backward."""
+        return 2 * self.graph().num_edges * self.heads * self.head_dim * (7 if direction == TRAIN else 2)
+
+    def describe(self) -> dict[str, object]:
+        """The columns of a result row that say what was measured. Edges per second are `edges` / `ms`."""
+        graph = self.graph()
+        return {
+            "case": self.name, "dtype": self.dtype, "batch": 1, "heads": self.heads, "heads_k": self.heads,
+            "seqlen_q": graph.num_queries, "seqlen_k": graph.num_keys, "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim, "mask": repr(graph), "edges": graph.num_edges,
+            "bias": False, "dropout_p": 0.0,
+        }  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def build(kind: str, edges: int) -> Graph:
+    """The graph of a kind with about so many edges, ready for the kernels. No edge stands twice."""
+    draw = torch.Generator().manual_seed(0)
+    if kind == "grid":
+        side = round((edges / 9) ** 0.5)
+        return grid2d(side, side, 1).prepare()
+    if kind == "molecules":
+        index = _molecules(max(1, edges // (2 * _MOLECULE)))
+        return Graph.from_edge_index(index, int(index.max()) + 1).prepare()
+    nodes = edges // _DEGREE
+    if kind == "erdos-renyi":
+        index = torch.randint(nodes, (2, edges), generator=draw)
+    else:
+        # Targets by a Zipf law, in no order of degree: the first of them has a percent of all edges and more.
+        law = (torch.arange(nodes) + 1.0) ** -0.8
+        ends = torch.multinomial(law, edges, True, generator=draw)
+        targets = torch.randperm(nodes, generator=draw)[ends]
+        index = torch.stack([torch.randint(nodes, (edges,), generator=draw), targets])
+    return Graph.from_edge_index(torch.unique(index, dim=1), nodes).prepare()
+
+
+def _molecules(count: int) -> Tensor:
+    """Both directions of the bonds of `count` molecules."""
+    chain = torch.arange(_MOLECULE - 1)
+    bonds = torch.stack([torch.cat([chain, torch.tensor([5])]), torch.cat([chain + 1, torch.tensor([0])])])
+    one = torch.cat([bonds, bonds.flip(0)], 1)
+    return (one[:, None] + (torch.arange(count) * _MOLECULE)[None, :, None]).flatten(1)
+
+
+def graphs() -> list[Group]:
+    """One group per kind of graph. `gather` is the time that copying the rows takes."""
+    found = []
+    for kind in KINDS:
+        cases = tuple(GraphCase(f"{kind}-e{e // 1000}k-h{h}-d{d}", kind, e, h, d) for e, h, d in SIZES)
+        others = {
+            "sparse": {FORWARD: 2.0},
+            # 1.3 times the copies of the forward pass, 2 times those of the backward, twice as many.
+            "gather": {FORWARD: 1 / 1.3, TRAIN: 3 / (1.3 + 2 * 2.0)},
+            "sdpa-mask": {},
+        }
+        goal = {FORWARD: 9.0, TRAIN: 16.0}
+        found.append(Group(kind, cases, "pyg", goal, others=others))  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,56 @@
+"""The graph suite: its graphs, and that a wrong provider gets no number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from saccade.benchmarks import graph, graph_cases
+from saccade.benchmarks.cases import FORWARD, TRAIN
+from saccade.benchmarks.graph_cases import KINDS, GraphCase
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_are_what_they_say(kind: str) -> None:
+    made = graph_cases.build(kind, 10_000)
+    assert abs(made.num_edges - 10_000) < 1000 and not made.has_repeats
+    degree = made.indptr.diff()
+    assert {"grid": 9, "molecules": 3, "erdos-renyi": 30, "power-law": 2000}[kind] >= int(degree.max())
+    if kind == "power-law":
+        assert int(degree.max()) > 10 * float(degree.float().mean())
+    if kind == "molecules":
+        sources, targets = made.edge_index
+        assert torch.equal(sources // 23, targets // 23) and bool((degree >= 1).all())
+
+
+@pytest.mark.parametrize("direction", [FORWARD, TRAIN])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_provider_is_right(kind: str, direction: str) -> None:
+    work = graph.GraphWork(GraphCase("small", kind, 1500, 2, 16), "cpu")
+    absent = {"sparse"} if direction == TRAIN else set()
+    for name, call in work.offers(direction).items():
+        if isinstance(call, str):
+            assert name in absent | {"pyg"}
+        else:
+            assert not work.fault(name, direction, call), name
+
+
+def test_a_wrong_result_is_found() -> None:
+    work = graph.GraphWork(GraphCase("small", "grid", 1500, 2, 16), "cpu")
+    call = graph.ours(work.inputs, TRAIN)
+    assert not isinstance(call, str)
+
+    def bent(n: int) -> list[torch.Tensor]:
+        found = call()
+        found[n] = found[n] * 1.001
+        return found
+
+    for n in range(4):
+        assert work.fault("saccade", TRAIN, lambda n=n: bent(n))
+    assert work.fault("gather", TRAIN, lambda: [torch.zeros(10, 32)])
+
+
+def test_operations_and_columns() -> None:
+    case = GraphCase("small", "grid", 900, 4, 16)
+    edges = case.graph().num_edges
+    assert case.flops(FORWARD) == 4 * edges * 4 * 16 and case.flops(TRAIN) == 14 * edges * 4 * 16
+    assert case.describe()["edges"] == edges

@@ -4,6 +4,7 @@ dense mask, and the copies that the rows of all edges cost.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,9 @@ def sparse(inputs: Inputs, direction: str) -> Call | str:
     def csr(values: Tensor) -> Tensor:
         return torch.sparse_csr_tensor(graph.indptr, columns, values, (n, n), check_invariants=False)
 
-    pattern = csr(torch.zeros(columns.numel(), dtype=inputs.q.dtype, device=inputs.q.device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, once, that the layout is in beta state
+        pattern = csr(torch.zeros(columns.numel(), dtype=inputs.q.dtype, device=inputs.q.device))
 
     def forward() -> Tensor:
         outs = []

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
 import saccade
+import torch
 from saccade.nn._bands import as_band
 
 N = 70

@@ -13,10 +13,12 @@ _SEEN = WeakIdKeyDictionary()  # mask tensor -> (its version, its band or None)
 
 
 def as_band(mask: Tensor) -> Band | None:
-    """The Band that a mask [L, S] is (bool True = hidden, or floats of 0 and -inf), aligned with the first key.
+    """The Band that a mask [L, S] is (bool True = hidden, or floats of 0 and -inf), aligned with the first
+    key.
 
-    None where it is none, or where its values may not be read: a gradient is wanted, a transform or the compiler
-    looks on, or it lies on a device that reading would have to wait for. A tensor is read once per version.
+    None where it is none, or where its values may not be read: a gradient is wanted, a transform or the
+    compiler looks on, or it lies on a device that reading would have to wait for. A tensor is read once per
+    version.
     """
     if mask.dim() != 2 or mask.numel() < _WORTHWHILE or mask.requires_grad or mask.device.type != "cpu":
         return None

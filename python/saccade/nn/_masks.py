@@ -17,7 +17,8 @@ def resolve_masks(
 ) -> tuple[Mask | None, Tensor | None]:
     """(mask, bias) of (key_padding_mask [N, S], attn_mask [L, S] or [N * H, L, S]); `sizes` is (N, H).
 
-    Padding stays [N, S]; a bias keeps the size 1 where it is the same for all. An attn_mask that is a band becomes one.
+    Padding stays [N, S]; a bias keeps the size 1 where it is the same for all. An attn_mask that is a band
+    becomes one.
     """
     key_padding_mask, attn_mask = masks
     mask: Mask | None = _HINT if is_causal else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ def run(monkeypatch: pytest.MonkeyPatch):
         sys.modules.pop(name, None)
     import run
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # steps of microseconds: on a busy machine, threads wait for each other
     yield run
+    torch.set_num_threads(threads)
     for name in ("data", "model", "run"):
         sys.modules.pop(name)
 
@@ -57,7 +61,8 @@ def test_molecules_of_a_batch_do_not_mix(run) -> None:
 
 def test_a_short_run_leaves_losses_and_picture(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "run.py"), "--steps", "2", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert result.returncode == 0, result.stderr
     for part in ("karate club: 34 nodes", "block model: 4000 nodes", "molecules: 256", "right"):
         assert part in result.stdout

@@ -91,8 +91,13 @@ const Isa kIsas[] = {
 };
 
 const Isa* find(const char* name) {
-  for (const Isa& isa : kIsas)
-    if ((!*name || strcmp(isa.name, name) == 0) && isa.supported()) return &isa;
+  const size_t length = strlen(name);
+  const bool unchecked = length && name[length - 1] == '!';
+  for (const Isa& isa : kIsas) {
+    if (length && (strncmp(isa.name, name, length - unchecked) != 0 || isa.name[length - unchecked]))
+      continue;
+    if (unchecked || isa.supported()) return &isa;
+  }
   return nullptr;
 }
 

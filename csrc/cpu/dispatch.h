@@ -10,7 +10,8 @@ KernelTable kernels_for(DType t, Score score);
 const GatherTable& gather_kernels();
 
 // Forces an instruction set by name ("" returns to the best); returns false, changing nothing, when the name
-// is unknown or unsupported here.
+// is unknown or unsupported here. A name with
+// '!' behind it is taken at its word, for processors that are emulated.
 bool force_isa(const char* name);
 // The set in use, and the i-th supported one (null past the end), best first.
 const char* current_isa();

@@ -41,12 +41,18 @@ struct Plain {
   static bool narrow(A a, B b) { return b.rows && b.count <= kNarrow && a.col == 1; }
 
   // S[j][i] = a_j . b_i.
-  static void scores(int64_t n, int64_t lanes, int64_t d, A a, B b, T* S) {
+  static void scores(int64_t n, int64_t lanes, int64_t d, A a, B b, T* S, int64_t ld) {
     if (narrow(a, b))
       dot_scores<T>(n, b.count, lanes, d, [a](int64_t j) { return a.p + j * a.row; }, b.rows, b.ld_rows, S);
     else
-      gemm<false, T>(n, lanes, d, a, b.p, b.ld, S, lanes);
+      gemm<false, T>(n, lanes, d, a, b.p, b.ld, S, ld);
   }
+
+  // Operands from row j, lane n, or depth k on.
+  static constexpr int64_t kDepth = 1;  // k must be a multiple of this
+  static A skip_rows(A a, int64_t j) { return {a.p + j * a.row, a.row, a.col}; }
+  static B skip_lanes(B b, int64_t n) { return {b.p + n, b.ld, nullptr, 0, 0}; }
+  static B skip_depth(B b, int64_t k) { return {b.p + k * b.ld, b.ld, nullptr, 0, 0}; }
 
   // Element counts of the buffers below.
   static int64_t rows_size(int64_t n, int64_t d) { return n * d; }

@@ -32,6 +32,10 @@ struct PairsBf16 {
 
 #if defined(SACCADE_ISA_AMX)
 
+// The compiler's tile intrinsics do not say what memory they read: everything stored before must be in memory
+// when they run.
+SACCADE_FORCE void settle(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
 // Tile registers 0..3 accumulate 32 x 32, 4 and 5 hold A, 6 and 7 hold B. The configuration lives as long as
 // a work item.
 struct TileScope {
@@ -42,6 +46,7 @@ struct TileScope {
       uint8_t rows[16] = {};
     } config;
     for (int t = 0; t < 8; ++t) config.bytes[t] = 64, config.rows[t] = 16;
+    settle(&config);
     _tile_loadconfig(&config);
   }
   ~TileScope() { _tile_release(); }
@@ -83,6 +88,7 @@ static void amx_block(int64_t K, RowsBf16 a, PairsBf16 b, float* c, int64_t ldc)
 
 template <bool Add>
 static void product_bf16(int64_t M, int64_t N, int64_t K, RowsBf16 a, PairsBf16 b, float* c, int64_t ldc) {
+  settle(b.p);
   for (int64_t n = 0; n < N; n += 32) {
     const bool wide = N - n > 16;
     for (int64_t m = 0; m < M; m += 32) {
@@ -95,6 +101,7 @@ static void product_bf16(int64_t M, int64_t N, int64_t K, RowsBf16 a, PairsBf16 
         wide ? amx_block<Add, 1, 2>(K, am, bn, cm, ldc) : amx_block<Add, 1, 1>(K, am, bn, cm, ldc);
     }
   }
+  settle(c);
 }
 
 #elif defined(SACCADE_ISA_AVX512BF16)
@@ -210,9 +217,14 @@ struct Bf16 {
   }
 
   // S[j][i] = a_j . b_i.
-  static void scores(int64_t n, int64_t lanes, int64_t d, A a, B b, float* S) {
-    product_bf16<false>(n, lanes, d, a, b, S, lanes);
+  static void scores(int64_t n, int64_t lanes, int64_t d, A a, B b, float* S, int64_t ld) {
+    product_bf16<false>(n, lanes, d, a, b, S, ld);
   }
+
+  static constexpr int64_t kDepth = kDepthStep;
+  static A skip_rows(A a, int64_t j) { return {a.p + j * a.ld, a.ld}; }
+  static B skip_lanes(B b, int64_t n) { return {b.p + 2 * n, b.ld}; }
+  static B skip_depth(B b, int64_t k) { return {b.p + k * b.ld, b.ld}; }
 
   static int64_t rows_size(int64_t n, int64_t d) { return whole(n, 16) * whole(d, 32); }
   static int64_t columns_size(int64_t n, int64_t d) {

@@ -257,6 +257,11 @@ static void apply_mask(const Params& p, const QueryBlock& q, const KeyTile& t, T
   const MaskParams& m = p.mask;
   const bool* keep = m.keep ? m.keep + q.b * m.keep_batch + t.j0 : nullptr;
   const int32_t* k_ids = m.q_ids ? m.k_ids + q.b * m.k_ids_batch + t.j0 : nullptr;
+  // Keys that every row's interval holds need no look where only intervals decide (padded lanes keep whatever
+  // they have).
+  const bool intervals = !keep && !k_ids && !t.words;
+  const int64_t shared_begin = intervals ? min64(max64(q.shared.begin - t.j0, 0), t.n) : t.n;
+  const int64_t shared_end = intervals ? max64(shared_begin, min64(q.shared.end - t.j0, t.n)) : t.n;
   for (int64_t i0 = 0; i0 < q.lanes; i0 += kLanes<T>) {
     VecI<T> begin, end, ids{}, low{}, high{};
     for (int l = 0; l < kLanes<T>; ++l) {
@@ -271,6 +276,8 @@ static void apply_mask(const Params& p, const QueryBlock& q, const KeyTile& t, T
       }
     }
     for (int64_t j = 0; j < t.n; ++j) {
+      if (j == shared_begin) j = shared_end;
+      if (j == t.n) break;
       const Int key = Int(j);
       VecI<T> kept = (begin <= key) & (end > key);
       if (keep && !keep[j]) kept = VecI<T>{};
@@ -362,14 +369,82 @@ static Matrix<T> block_rows(const Rows& x, const QueryBlock& q, int64_t d, int64
   return {buffer, ld};
 }
 
+// A tile that the edge of a band crosses is worked on in parts: runs of keys, each against the lanes of which
+// some row keeps some key of the run. What lies outside the parts is masked and never computed.
+struct TilePart {
+  int64_t j, n, lane, lanes;
+};
+struct TileParts {
+  static constexpr int64_t kKeys = 32;
+  TilePart part[kBlockN / kKeys];
+  int count = 0;
+  const TilePart* begin() const { return part; }
+  const TilePart* end() const { return part + count; }
+};
+
+template <typename M>
+static TileParts tile_parts(const Params& p, const QueryBlock& q, const KeyTile& t) {
+  TileParts parts;
+  if (t.whole || t.extra || t.words || p.score != Score::kDot || q.rows <= kNarrow) {
+    parts.part[parts.count++] = {0, t.n, 0, q.lanes};
+    return parts;
+  }
+  for (int64_t j = 0; j < t.n; j += TileParts::kKeys) {
+    const int64_t n = min64(TileParts::kKeys, t.n - j), first_key = t.j0 + j, end_key = first_key + n;
+    int64_t first = 0, last = q.rows;
+    while (first < last && q.end[first] <= first_key) ++first;
+    while (last > first && q.begin[last - 1] >= end_key) --last;
+    if (first == last) continue;
+    const int64_t lane = first / M::kPad * M::kPad, lanes = round_up(last, M::kPad) - lane;
+    TilePart* before = parts.count ? &parts.part[parts.count - 1] : nullptr;
+    if (before && before->lane == lane && before->lanes == lanes && before->j + before->n == j)
+      before->n += n;
+    else
+      parts.part[parts.count++] = {j, n, lane, lanes};
+  }
+  return parts;
+}
+
+// S[j][i] = row_j . column_i over the parts of a tile.
+template <typename M>
+static void tile_scores(const QueryBlock& q, const TileParts& parts, int64_t d, typename M::A rows,
+                        typename M::B columns, typename M::T* S) {
+  for (const TilePart& x : parts)
+    M::scores(x.n, x.lanes, d, M::skip_rows(rows, x.j), x.lane ? M::skip_lanes(columns, x.lane) : columns,
+              S + x.j * q.lanes + x.lane, q.lanes);
+}
+
+// sums[d][i] += sum_j rows_j[d] X[j][i] over the parts of a tile: the output, and dQ.
+template <typename M>
+static void add_columns(const QueryBlock& q, const TileParts& parts, int64_t d, typename M::A rows,
+                        const typename M::T* X, typename M::T* sums, typename M::Element* columns,
+                        typename M::Element* packed) {
+  for (const TilePart& x : parts)
+    M::template product<true>(d, x.lanes, x.n, M::columns(M::skip_rows(rows, x.j), x.n, d, columns),
+                              M::tile_b(X + x.j * q.lanes + x.lane, q.lanes, x.n, x.lanes, packed),
+                              sums + x.lane, q.lanes);
+}
+
+// sums[j][d] += sum_i X[j][i] rows_i[d] over the parts of a tile: dK and dV.
+template <typename M>
+static void add_rows(const QueryBlock& q, const TileParts& parts, int64_t ld, typename M::B rows,
+                     const typename M::T* X, typename M::T* sums, typename M::Element* packed) {
+  for (const TilePart& x : parts) {
+    const int64_t first = x.lane / M::kDepth * M::kDepth, count = min64(q.rows, x.lane + x.lanes) - first;
+    M::template product<true>(x.n, ld, count,
+                              M::tile_a(X + x.j * q.lanes + first, q.lanes, x.n, count, packed),
+                              M::skip_depth(rows, first), sums + x.j * ld, ld);
+  }
+}
+
 // The logits of one tile, masked. Returns whether some key of it is dead.
 template <typename M>
-static bool tile_logits(const Params& p, const QueryBlock& q, const KeyTile& t, typename M::A keys,
-                        typename M::B queries, typename M::T* S, typename M::T* cap, typename M::T* buffer,
-                        bool* dead) {
+static bool tile_logits(const Params& p, const QueryBlock& q, const KeyTile& t, const TileParts& parts,
+                        typename M::A keys, typename M::B queries, typename M::T* S, typename M::T* cap,
+                        typename M::T* buffer, bool* dead) {
   using T = typename M::T;
   if (p.score == Score::kDot) {
-    M::scores(t.n, q.lanes, p.head_dim, keys, queries, S);
+    tile_scores<M>(q, parts, p.head_dim, keys, queries, S);
   } else if constexpr (M::kSharesTile) {
     additive_scores<T>(p, q, t.n, keys, queries.p, S);
   }

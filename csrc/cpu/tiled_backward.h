@@ -113,6 +113,7 @@ static void weigh_tile(const GradParams& p, const QueryBlock& q, int64_t n, Back
 template <typename M>
 struct TileOperands {
   typename M::A keys, values;
+  TileParts parts;
 };
 
 template <typename M>
@@ -128,8 +129,9 @@ static TileOperands<M> gradient_tile(const GradParams& p, const QueryBlock& q, c
     o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, nullptr, w.keys);
     o.values = M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, nullptr, w.values);
   }
-  const bool some_dead = tile_logits<M>(p, q, t, o.keys, block.queries, w.S, w.cap, w.bias, w.dead);
-  M::scores(t.n, q.lanes, Dv, o.values, block.douts, w.dP);
+  o.parts = tile_parts<M>(p, q, t);
+  const bool some_dead = tile_logits<M>(p, q, t, o.parts, o.keys, block.queries, w.S, w.cap, w.bias, w.dead);
+  tile_scores<M>(q, o.parts, Dv, o.values, block.douts, w.dP);
   if (p.dropout_p > 0) dropout_tile<T>(p, q, t, w.Z);
   weigh_tile<M>(p, q, t.n, w);
   if (some_dead) o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, w.dead, w.keys);
@@ -260,8 +262,7 @@ static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTil
   using T = typename M::T;
   const int64_t D = p.head_dim;
   const TileOperands<M> o = gradient_tile<M>(p, q, t, block, w);
-  const typename M::A weights = M::tile_a(w.S, q.lanes, t.n, q.rows, w.weights);
-  M::template product<true>(t.n, sums.ldv, q.rows, weights, block.dout_rows, sums.dV, sums.ldv);
+  add_rows<M>(q, o.parts, sums.ldv, block.dout_rows, w.S, sums.dV, w.weights);
   if (dRel && !t.extra)
     for (int64_t j = 0; j < t.n; ++j) {
       double* r = dRel + rel_index<T>(p, q, t.j0 + j, 0);
@@ -275,8 +276,7 @@ static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTil
     }
   }
   if (p.needs & (kNeedK | kNeedExtraK))
-    M::template product<true>(t.n, sums.ld, q.rows, M::tile_a(w.dP, q.lanes, t.n, q.rows, w.weights),
-                              block.query_rows, sums.dK, sums.ld);
+    add_rows<M>(q, o.parts, sums.ld, block.query_rows, w.dP, sums.dK, w.weights);
   if (!(p.needs & kNeedQ)) return;
   if constexpr (M::kSharesTile) {
     if (queries_by_rows<T>(p, q)) {
@@ -284,8 +284,7 @@ static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTil
       return;
     }
   }
-  M::template product<true>(D, q.lanes, t.n, M::columns(o.keys, t.n, D, w.columns),
-                            M::tile_b(w.dP, q.lanes, t.n, q.lanes, w.weights), w.dQ, q.lanes);
+  add_columns<M>(q, o.parts, D, o.keys, w.dP, w.dQ, w.columns, w.weights);
 }
 
 template <typename M>

@@ -187,7 +187,8 @@ static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t,
   const typename M::A keys =
       t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * D * e, p.k.dtype, D, w.keys)
               : M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, nullptr, w.keys);
-  const bool some_dead = tile_logits<M>(p, q, t, keys, queries, w.S, nullptr, w.bias, w.dead);
+  const TileParts parts = tile_parts<M>(p, q, t);
+  const bool some_dead = tile_logits<M>(p, q, t, parts, keys, queries, w.S, nullptr, w.bias, w.dead);
   const T factor = exponent_factor<T>(p);
   if (is_softmax(p)) {
     if (softmax_tile(w.S, t.n, q.lanes, w.state.m, w.state.l, w.alpha, factor))
@@ -202,8 +203,7 @@ static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t,
   const typename M::A values =
       t.extra ? M::row(static_cast<const char*>(p.extra_v) + q.h * Dv * e, p.v.dtype, Dv, w.values)
               : M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, some_dead ? w.dead : nullptr, w.values);
-  M::template product<true>(Dv, q.lanes, t.n, M::columns(values, t.n, Dv, w.columns),
-                            M::tile_b(w.S, q.lanes, t.n, q.lanes, w.weights), w.state.O, q.lanes);
+  add_columns<M>(q, parts, Dv, values, w.S, w.state.O, w.columns, w.weights);
 }
 
 // With few query blocks the keys are split too; the parts are merged in order.

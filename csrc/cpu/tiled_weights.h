@@ -11,13 +11,13 @@ template <typename M>
 struct WeightBuffers {
   using T = typename M::T;
   ForwardBuffers<M> tile;
-  T *rows, *part;
+  T *sums, *rows;  // [columns][lanes] as tiles lie, summed over heads; [rows][columns] once they are
 
   WeightBuffers(const WeightParams& p, Arena& a)
-      : tile(p, a), rows(a.take<T>(kBlockM * p.columns)), part(a.take<T>(kBlockM * kBlockN)) {}
+      : tile(p, a), sums(a.take<T>(kBlockM * p.columns)), rows(a.take<T>(kBlockM * p.columns)) {}
 };
 
-// Adds one head's weights of a query block to w.rows [rows][columns].
+// Adds one head's weights of a query block to w.sums.
 template <typename M>
 static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffers<M>& w) {
   using T = typename M::T;
@@ -35,7 +35,7 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
                          p.k.dtype, p.head_dim, w.tile.keys)
                 : M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, p.head_dim, nullptr, w.tile.keys);
     T* S = w.tile.S;
-    tile_logits<M>(p, q, t, keys, queries, S, nullptr, w.tile.bias, w.tile.dead);
+    tile_logits<M>(p, q, t, tile_parts<M>(p, q, t), keys, queries, S, nullptr, w.tile.bias, w.tile.dead);
     if (is_softmax(p)) {
       for (int64_t j = 0; j < t.n; ++j)
         for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
@@ -49,9 +49,8 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
       dropout_tile<T>(p, q, t, w.tile.Z);
       multiply_tile(S, w.tile.Z, t.n * q.lanes);
     }
-    transpose(S, q.lanes, w.part, t.n, t.n, q.rows);
-    for (int64_t i = 0; i < q.rows; ++i)
-      for (int64_t j = 0; j < t.n; ++j) w.rows[i * p.columns + t.j0 + j] += w.part[i * t.n + j];
+    T* sums = w.sums + t.j0 * q.lanes;
+    for (int64_t x = 0; x < t.n * q.lanes; x += kLanes<T>) store(sums + x, load(sums + x) + load(S + x));
   };
   KeyTiles tiles(p, q, {0, INT64_MAX});
   KeyTile t;
@@ -62,7 +61,7 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, WeightBuffer
       const int64_t j = p.columns - 1;
       const bool kept =
           p.dropout_p == 0 || dropout_keeps(p.seed, dropout_threshold(p.dropout_p), q.b, q.h, q.i0 + i, j);
-      if (kept) w.rows[i * p.columns + j] += T(exp(-lse_at(p, p.lse, q)[i])) * T(1 / (1 - p.dropout_p));
+      if (kept) w.sums[j * q.lanes + i] += T(exp(-lse_at(p, p.lse, q)[i])) * T(1 / (1 - p.dropout_p));
     }
 }
 
@@ -74,11 +73,16 @@ static void weights_item(const WeightParams& p, int64_t item, char* scratch, cha
   const typename M::Scope scope;
   Arena arena{scratch};
   WeightBuffers<M> w(p, arena);
-  memset(w.rows, 0, size_t(kBlockM * p.columns) * sizeof(T));
-  for (int64_t h = h0; h < (p.average ? p.heads : h0 + 1); ++h)
-    add_weights<M>(p, query_block<M::kPad>(p, b, h, m), w);
+  memset(w.sums, 0, size_t(kBlockM * p.columns) * sizeof(T));
+  int64_t lanes = 0;
+  for (int64_t h = h0; h < (p.average ? p.heads : h0 + 1); ++h) {
+    const QueryBlock q = query_block<M::kPad>(p, b, h, m);
+    lanes = q.lanes;
+    add_weights<M>(p, q, w);
+  }
   const T share = T(1) / T(p.average ? p.heads : 1);
   const int64_t rows = min64(kBlockM, p.seqlen_q - m * kBlockM);
+  transpose(w.sums, lanes, w.rows, p.columns, p.columns, rows);
   for (int64_t i = 0; i < rows; ++i) {
     T* row = w.rows + i * p.columns;
     for (int64_t j = 0; j < p.columns; ++j) row[j] *= share;

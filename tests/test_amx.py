@@ -1,4 +1,4 @@
-"""The AMX machine code, run on any x86-64 processor by emulating its instructions; on one that has AMX, run as it is."""
+"""The AMX machine code, its instructions emulated where the processor lacks them."""
 
 from __future__ import annotations
 

@@ -199,6 +199,12 @@ static BiasTile<T> bias_tile(const Params& p, const QueryBlock& q, const KeyTile
     read_row(buffer, base, p.bias_dtype, st[3], t.n);
     return {buffer, 1, 0};
   }
+  if (p.bias_dtype == AccumulatorOf<T>::value && st[3] == 1) {
+    transpose(reinterpret_cast<const T*>(base), st[2], buffer, q.lanes, q.rows, t.n);
+    for (int64_t j = 0; j < t.n && q.rows < q.lanes; ++j)
+      memset(buffer + j * q.lanes + q.rows, 0, size_t(q.lanes - q.rows) * sizeof(T));
+    return {buffer, q.lanes, 1};
+  }
   T* rows = buffer + kBlockN * kBlockM;
   for (int64_t i = 0; i < q.rows; ++i)
     read_row(rows + i * t.n, base + i * st[2] * size_of(p.bias_dtype), p.bias_dtype, st[3], t.n);

@@ -100,7 +100,7 @@ def draw_attention(ax: Any, index: Tensor, weights: Tensor, colours: Any, title:
     for (source, target), weight in zip(index.t().tolist(), weights.tolist(), strict=True):
         if source != target:
             drawing.add_edge(source, target, weight=weight)
-    places = networkx.kamada_kawai_layout(drawing.to_undirected(), weight=None)
+    places = networkx.spring_layout(drawing.to_undirected(), seed=0)
     strength = [drawing[a][b]["weight"] for a, b in drawing.edges]
     networkx.draw_networkx_nodes(drawing, places, node_color=colours, cmap="tab10", node_size=90, ax=ax)
     networkx.draw_networkx_edges(

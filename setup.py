@@ -245,6 +245,7 @@ def write_ninja(folder: Path, wanted: set[str]) -> dict[str, Path]:
     if cuda and "90a" in cuda.archs:
         defines.append("-DSACCADE_HAS_SM90=1")
     flags = [*CXXFLAGS, *defines]
+    facts = [f'-DSACCADE_CUDA_ARCHS="{" ".join(cuda.archs) if cuda else ""}"']
 
     with open(folder / "build.ninja", "w") as file:
         writer = ninja_syntax.Writer(file, width=110)
@@ -255,29 +256,34 @@ def write_ninja(folder: Path, wanted: set[str]) -> dict[str, Path]:
         writer.rule("link", f"{CXX} -shared $in $flags -o $out", description="link $out")
         plan, built = Plan(writer, folder), {}
         if OPS in wanted:
-            plan_operators(plan, flags, bodies, cuda)
+            plan_operators(plan, (flags, facts), bodies, cuda)
             built[OPS] = plan.link(OPS, operator_link_flags(cuda))
         if MODULE in wanted:
             import pybind11
 
             python = [pybind11.get_include(), sysconfig.get_path("include")]
-            plan.compile(Path("csrc/module.cpp"), flags + include_flags(python, "python"), MODULE)
+            plan.compile(Path("csrc/module.cpp"), flags + facts + include_flags(python, "python"), MODULE)
             built[MODULE] = plan.link(MODULE, ["-undefined", "dynamic_lookup"] if MACOS else [])
     return built
 
 
-def plan_operators(plan: Plan, flags: list[str], bodies: Bodies, cuda: Cuda | None) -> None:
+def plan_operators(
+    plan: Plan, flags_and_facts: tuple[list[str], list[str]], bodies: Bodies, cuda: Cuda | None
+) -> None:
     """Every object of the operator library."""
+    flags, facts = flags_and_facts
     defines = [flag for flag in flags if flag.startswith("-D")]
-    torch = include_flags(torch_paths()[0], "torch")
-    plan.compile(Path("csrc/ops.cpp"), [*flags, "-DTORCH_STABLE_ONLY", *torch])
+    torch = ["-DTORCH_STABLE_ONLY", *include_flags(torch_paths()[0], "torch")]
+    plan.compile(Path("csrc/ops.cpp"), [*flags, *facts, *torch])
+    if cuda:
+        plan.compile(Path("csrc/cuda_ops.cpp"), [*flags, *torch])
     sources = sorted([*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])
     per_set = {
         source: sets for source in sources for end, sets in bodies.items() if source.stem.endswith(end)
     }
     # Baseline objects come first on the link line: of a symbol defined twice the linker keeps the first.
     for source in sources:
-        if source not in per_set and source.name not in ("ops.cpp", "module.cpp"):
+        if source not in per_set and source.name not in ("ops.cpp", "cuda_ops.cpp", "module.cpp"):
             plan.compile(source, flags)
     for source, sets in per_set.items():
         for isa, isa_flags in sets.items():

@@ -82,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
   constexpr unsigned long long kTarget = TORCH_TARGET_VERSION;
   m.doc() = "Build facts and processor features.";
   m.attr("with_cuda") = bool(SACCADE_WITH_CUDA);
+  m.attr("cuda_archs") = SACCADE_CUDA_ARCHS;
   m.attr("instruction_sets") = pybind11::tuple(pybind11::cast(compiled_sets()));
 #if defined(__clang__)
   m.attr("compiler") = __VERSION__;

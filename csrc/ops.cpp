@@ -1,10 +1,11 @@
 // The operators, on torch's stable ABI. Schemas are fixed in this file; fakes, autograd and every check of
 // user input stand in Python (ops.py, autograd.py, problem.py), because C++ errors cross the stable ABI as
-// RuntimeError only.
+// RuntimeError only. The CUDA entries stand in cuda_ops.cpp.
+#include "attention_call.h"
 #include "cpu/dispatch.h"
+#include "cpu_run.h"
 #include "mask.h"
 #include "philox.h"
-#include "torch_call.h"
 
 namespace saccade {
 namespace {
@@ -19,18 +20,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t body = s.next<int64_t>();
   const std::vector<int64_t> order = s.next<std::vector<int64_t>>();
   call.fill(p);
-  std::vector<int64_t> sizes, lse_sizes;
-  for (int64_t i = 0; i < call.q.dim(); ++i) sizes.push_back(call.q.size(i));
-  sizes.back() = p.head_dim_v;
-  if (call.q.dim() == 3)
-    lse_sizes = {sizes[1], sizes[0]};
-  else
-    lse_sizes = {sizes[0], sizes[1], sizes[2]};
-  if (p.activation == Activation::kReLU || p.activation == Activation::kSigmoid) lse_sizes = {0};
-  const Tensor out = empty_ordered(sizes, order, call.q.scalar_type(), call.q);
-  const Tensor lse = empty(lse_sizes, ScalarType::Double, call.q);
-  p.out = rows_of(out);
-  call.set_lse(p, lse);
+  const auto [out, lse] = forward_outputs(call, order, p);
   const KernelTable kernels = kernels_for(p.q.dtype, p.score);
   const bool rows_dense =
       p.k.col == 1 && p.v.col == 1;  // what decode reads; the tiled body takes any strides
@@ -40,67 +30,28 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void backward(StableIValue* stack, uint64_t, uint64_t) {
-  Stack s(stack);
-  GradParams p;
-  Call call;
-  const Tensor dout = s.next<Tensor>();
-  const OptionalTensor dlse = s.next<OptionalTensor>();
-  const Tensor out = s.next<Tensor>(), lse = s.next<Tensor>();
-  call.read(s, true, p);
-  const int64_t body = s.next<int64_t>();  // the tiled body serves every backward pass
-  p.needs = s.next<int64_t>();
-  STD_TORCH_CHECK((call.bias || !(p.needs & kNeedBias)) && (call.rel_bias || !(p.needs & kNeedRelBias)) &&
-                      (call.weight || !(p.needs & kNeedWeight)) &&
-                      (call.extra_k || !(p.needs & (kNeedExtraK | kNeedExtraV))),
-                  "saccade::backward: needs names the gradient of a tensor that is not there");
-  call.fill(p);
-  p.dout = rows_of(dout);
-  p.out = rows_of(out);
-  call.set_lse(p, lse);
-  OptionalTensor dense_dlse;
-  if (dlse) {
-    STD_TORCH_CHECK(dlse->scalar_type() == ScalarType::Double, "saccade: dlse is float64, as lse is");
-    dense_dlse = torch::stable::contiguous(*dlse);
-    p.dlse = static_cast<const double*>(dense_dlse->const_data_ptr());
-  }
-  const ScalarType acc = accumulator(call.q);
-  // Every output that is not wanted is an empty tensor of its own: outputs may not alias.
-  const auto none = [&] { return empty({0}, acc, call.q); };
-  Tensor dq = none(), dk = none(), dv = none(), dbias = none(), drel = none(), dweight = none();
-  Tensor dextra_k = none(), dextra_v = none();
-  if (p.needs & kNeedQ) {
-    dq = empty_as(call.q);
-    p.dq = rows_of(dq);
-  }
-  if (p.needs & kNeedK) {
-    dk = empty_as(call.k);
-    p.dk = rows_of(dk);
-  }
-  if (p.needs & kNeedV) {
-    dv = empty_as(*call.v);
-    p.dv = rows_of(dv);
-  }
-  if (p.needs & kNeedBias) {
-    std::vector<int64_t> sizes;
-    for (int i = 0; i < 4; ++i) sizes.push_back(p.dbias_size[i] = p.bias_stride[i] ? call.bias->size(i) : 1);
-    dbias = empty(sizes, acc, call.q);
-    p.dbias = dbias.mutable_data_ptr();
-  }
-  const auto sized = [&](int64_t need, Tensor& grad, int64_t columns) -> void* {
-    if (!(p.needs & need)) return nullptr;
-    grad = empty({p.heads, columns}, acc, call.q);
-    return grad.mutable_data_ptr();
-  };
-  p.drel_bias = sized(kNeedRelBias, drel, p.rel_size);
-  p.dweight = sized(kNeedWeight, dweight, p.head_dim);
-  p.dextra_k = sized(kNeedExtraK, dextra_k, p.head_dim);
-  p.dextra_v = sized(kNeedExtraV, dextra_v, p.head_dim_v);
+  BackwardCall call;
+  call.read_backward(stack);
+  call.make_gradients();
   // The decode body's few queries leave matrix tiles empty: the fp32 kernels turn their lanes along head_dim
-  // instead.
-  const DType arithmetic = body == 1 && p.q.dtype == DType::kBFloat16 ? DType::kFloat32 : p.q.dtype;
+  // instead. The tiled body serves every backward pass, and repeats bitwise whether asked to or not.
+  const GradParams& p = call.p;
+  const DType arithmetic = call.body == 1 && p.q.dtype == DType::kBFloat16 ? DType::kFloat32 : p.q.dtype;
   run(kernels_for(arithmetic, p.score).backward(p), p);
-  int at = 0;
-  for (const Tensor& t : {dq, dk, dv, dbias, drel, dweight, dextra_k, dextra_v}) give(stack, at++, t);
+  call.give_gradients(stack);
+}
+
+constexpr int64_t kFewItems = 16;
+
+// The tensor of weights [B, H, Sq, columns], or [B, Sq, columns], allocated.
+Tensor weights_output(const Call& call, WeightParams& p) {
+  p.columns = p.seqlen_k + (p.extra_k ? 1 : 0) + (p.activation == Activation::kSoftmax1 ? 1 : 0);
+  const int64_t B = p.batch, H = p.heads, S = p.seqlen_q, C = p.columns;
+  const Tensor out = p.average ? empty({B, S, C}, call.q.scalar_type(), call.q)
+                               : empty({B, H, S, C}, call.q.scalar_type(), call.q);
+  p.weights = {
+      out.mutable_data_ptr(), dtype_of(out), p.average ? S * C : H * S * C, p.average ? 0 : S * C, C, 1};
+  return out;
 }
 
 void weights(StableIValue* stack, uint64_t, uint64_t) {
@@ -112,14 +63,32 @@ void weights(StableIValue* stack, uint64_t, uint64_t) {
   p.average = s.next<bool>();
   call.fill(p);
   call.set_lse(p, lse);
-  p.columns = p.seqlen_k + (p.extra_k ? 1 : 0) + (p.activation == Activation::kSoftmax1 ? 1 : 0);
-  const int64_t B = p.batch, H = p.heads, S = p.seqlen_q, C = p.columns;
-  const Tensor out = p.average ? empty({B, S, C}, call.q.scalar_type(), call.q)
-                               : empty({B, H, S, C}, call.q.scalar_type(), call.q);
-  p.weights = {
-      out.mutable_data_ptr(), dtype_of(out), p.average ? S * C : H * S * C, p.average ? 0 : S * C, C, 1};
+  const Tensor out = weights_output(call, p);
   run(kernels_for(p.q.dtype, p.score).weights(p), p);
   give(stack, 0, out);
+}
+
+void forward_weights(StableIValue* stack, uint64_t, uint64_t) {
+  Stack s(stack);
+  WeightParams p;
+  Call call;
+  call.read(s, true, p);
+  s.next<int64_t>();  // body: weights are the tiled body's
+  const std::vector<int64_t> order = s.next<std::vector<int64_t>>();
+  p.average = s.next<bool>();
+  call.fill(p);
+  const auto [out, lse] = forward_outputs(call, order, p);
+  const Tensor found = weights_output(call, p);
+  const KernelTable kernels = kernels_for(p.q.dtype, p.score);
+  const Plan<WeightParams> both = kernels.forward_weights(p);
+  if (both.phase[0].items >= kFewItems) {
+    run(both, p);
+  } else {  // the mean over heads leaves too few items for many cores, where forward alone has one per head
+    run<Params>(kernels.forward(p), p);
+    run(kernels.weights(p), p);
+  }
+  int at = 0;
+  for (const Tensor& t : {out, lse, found}) give(stack, at++, t);
 }
 
 // The graph and what belongs to its edges, after a Call. Rows must be contiguous along head_dim: copies are
@@ -310,6 +279,11 @@ void cpu_isa(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(answer);
 }
 
+// The architectures the CUDA kernels were compiled for; nothing where there are none.
+void cuda_archs(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(std::string(SACCADE_CUDA_ARCHS));
+}
+
 #define SACCADE_MASK_ARGS                                                                                    \
   "Tensor? head_bounds, Tensor? lengths, Tensor? keep, Tensor? q_ids, Tensor? k_ids, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, "                                                                                   \
@@ -335,8 +309,10 @@ STABLE_TORCH_LIBRARY(saccade, m) {
       ", Tensor t_indptr, Tensor t_rows, Tensor t_edges, int needs) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def("forward(" SACCADE_CALL_ARGS ", int[] out_order) -> (Tensor, Tensor)");
+  m.def("forward_weights(" SACCADE_CALL_ARGS ", int[] out_order, bool average) -> (Tensor, Tensor, Tensor)");
   m.def("backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " SACCADE_CALL_ARGS
-        ", int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        ", int needs, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        "Tensor)");
   m.def(
       "weights(Tensor lse, Tensor q, Tensor k, Tensor? bias, Tensor? rel_bias, Tensor? weight, Tensor? "
       "extra_k, Tensor? seed, " SACCADE_MASK_ARGS
@@ -346,17 +322,22 @@ STABLE_TORCH_LIBRARY(saccade, m) {
         ", int batch, int heads, int seqlen_q, int seqlen_k, Tensor like) -> Tensor");
   m.def("dropout_mask(Tensor seed, float p, int batch, int heads, int seqlen_q, int seqlen_k) -> Tensor");
   m.def("cpu_isa(str name) -> str");
+  m.def("cuda_archs() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(saccade, CPU, m) {
   m.impl("forward", &forward);
   m.impl("backward", &backward);
   m.impl("weights", &weights);
+  m.impl("forward_weights", &forward_weights);
   m.impl("gather_forward", &gather_forward);
   m.impl("gather_backward", &gather_backward);
   m.impl("keep", &keep);
   m.impl("dropout_mask", &dropout_mask);
 }
-STABLE_TORCH_LIBRARY_IMPL(saccade, CompositeExplicitAutograd, m) { m.impl("cpu_isa", &cpu_isa); }
+STABLE_TORCH_LIBRARY_IMPL(saccade, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", &cpu_isa);
+  m.impl("cuda_archs", &cuda_archs);
+}
 
 }  // namespace
 }  // namespace saccade

@@ -1,5 +1,5 @@
-// Between torch's stable ABI and the kernels: boxed arguments in, Params out, outputs made, plans run. Only
-// ops.cpp includes it.
+// Between torch's stable ABI and the kernels: boxed arguments in, Params out, outputs made. What every
+// device's entries share.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -7,21 +7,21 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <atomic>
-#include <cstdlib>
-#include <memory>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
-#include <string>
+#include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "params.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 namespace saccade {
-namespace {
 
 // ---- reading the boxed arguments ----
 
@@ -37,7 +37,7 @@ class Stack {
   StableIValue* at_;
 };
 
-DType dtype_of(const Tensor& t) {
+inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double:
       return DType::kFloat64;
@@ -52,7 +52,7 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-ScalarType accumulator(const Tensor& t) {
+inline ScalarType accumulator(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
@@ -62,7 +62,7 @@ const T* pointer(const OptionalTensor& t) {
 }
 
 // [B, H, S, D], or [total, H, D] of packed sequences.
-Rows rows_of(const Tensor& t) {
+inline Rows rows_of(const Tensor& t) {
   const bool packed = t.dim() == 3;
   const int64_t row = packed ? 0 : 2;
   return {const_cast<void*>(t.const_data_ptr()),
@@ -176,7 +176,8 @@ struct Call {
     p.sink = pointer<void>(sink);
     p.extra_k = pointer<void>(extra_k);
     p.extra_v = pointer<void>(extra_v);
-    if (seed) p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    if (seed && !seed->is_cuda())  // a GPU's kernels read it there
+      p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
     fill_mask(p);
   }
 
@@ -187,75 +188,38 @@ struct Call {
   }
 };
 
-// ---- running a plan ----
-
-// Memory that outlives the call: fresh pages cost more to touch than to use. One block per calling or working
-// thread.
-class Reused {
- public:
-  char* at_least(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_.reset(static_cast<char*>(std::aligned_alloc(4096, size_)));
-      STD_TORCH_CHECK(memory_, "saccade: out of memory: ", bytes, " bytes of workspace");
-    }
-    return memory_.get();
-  }
-  void trim(size_t limit) {
-    if (size_ > limit) {
-      memory_.reset();
-      size_ = 0;
-    }
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  size_t size_ = 0;
-};
-
-constexpr size_t kKeptBytes = size_t(128) << 20;
-
-template <typename P>
-void run(const Plan<P>& plan, const P& p) {
-  thread_local Reused shared;
-  char* workspace = plan.workspace_bytes ? shared.at_least(plan.workspace_bytes) : nullptr;
-  for (int i = 0; i < plan.phases; ++i) {
-    const Phase<P>& phase = plan.phase[i];
-    if (phase.items == 0) continue;
-    std::atomic<int64_t> next{0};
-    const auto worker = [&](int64_t, int64_t) {
-      thread_local Reused own;
-      char* scratch = own.at_least(plan.scratch_bytes);
-      for (int64_t item = next++; item < phase.items; item = next++) phase.run(p, item, scratch, workspace);
-      own.trim(kKeptBytes);
-    };
-    const int64_t threads = phase.items > 1 ? int64_t(torch::stable::get_num_threads()) : 1;
-    if (threads > 1)
-      torch::stable::parallel_for(0, threads < phase.items ? threads : phase.items, 1, worker);
-    else
-      worker(0, 1);
-  }
-  shared.trim(kKeptBytes);
-}
-
 // ---- outputs ----
 
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
-                     const Tensor& like) {
+// Asks for large pages where memory is fresh and about to be written whole: Linux hands them out on request
+// only, unless told otherwise, and faults of 4 KB cost several times what the writing does. Only a hint.
+inline void prefer_large_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kLarge = uintptr_t(2) << 20;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (at + kLarge - 1) / kLarge * kLarge, end = (at + bytes) / kLarge * kLarge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                            ScalarType type, const Tensor& like) {
   AtenTensorHandle handle;
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                   device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  if (bytes > 0 && device_type == aoti_torch_device_type_cpu())
+    prefer_large_pages(made.mutable_data_ptr(), size_t(bytes));
+  return made;
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
@@ -266,8 +230,8 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& l
 }
 
 // Dense, with the dimensions in memory from outermost to innermost as `order` lists them.
-Tensor empty_ordered(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order, ScalarType type,
-                     const Tensor& like) {
+inline Tensor empty_ordered(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order,
+                            ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t i = order.size(); i-- > 0;) {
@@ -278,7 +242,7 @@ Tensor empty_ordered(const std::vector<int64_t>& sizes, const std::vector<int64_
 }
 
 // A dense tensor of t's sizes whose dimensions lie in memory in the order of t's strides.
-Tensor empty_as(const Tensor& t) {
+inline Tensor empty_as(const Tensor& t) {
   std::vector<int64_t> sizes, order;
   for (int64_t i = 0; i < t.dim(); ++i) {
     sizes.push_back(t.size(i));
@@ -289,7 +253,6 @@ Tensor empty_as(const Tensor& t) {
   return empty_ordered(sizes, order, t.scalar_type(), t);
 }
 
-void give(StableIValue* stack, int at, const Tensor& t) { stack[at] = torch::stable::detail::from(t); }
+inline void give(StableIValue* stack, int at, const Tensor& t) { stack[at] = torch::stable::detail::from(t); }
 
-}  // namespace
 }  // namespace saccade

@@ -23,6 +23,8 @@ SCRIPT = """
 import ctypes, sys
 import torch
 from saccade import Causal, Graph, KeyPadding, _C
+from saccade.functional import attend_with_weights
+from saccade.problem import Problem
 from saccade.testing import Shape, check_attention, make_inputs
 
 native = {"amx_tile", "amx_bf16"} <= set(_C.cpu_features())
@@ -42,6 +44,9 @@ check_attention(padded, KeyPadding(torch.tensor([33, 12])), "cpu", softcap=5.0, 
 torch.manual_seed(0)
 graph = Graph.from_dense(torch.rand(70, 131) < 0.5)
 check_attention(make_inputs(Shape(1, 1, 1, 70, 131, 32, 16), torch.bfloat16), graph, "cpu")
+problem = Problem.of(*(x.detach() for x in make_inputs(Shape(8, 2, 2, 70, 131, 48, 33), torch.bfloat16)))
+one_pass, truth = (attend_with_weights(problem, True, name) for name in ("cpu", "reference"))
+torch.testing.assert_close(one_pass, truth, rtol=0.02, atol=0.01)
 assert native or emulator.amx_emulator_count() > 1000, "no AMX instruction was met"
 print("ok")
 """

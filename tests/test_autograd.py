@@ -304,6 +304,8 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(torch.ops.saccade.backward.default, seen, test_utils=utils)
     seen = _captured(lambda: ops.weights(spec, lse, tensors, spec.seed, False))
     torch.library.opcheck(torch.ops.saccade.weights.default, seen, test_utils=utils)
+    seen = _captured(lambda: ops.forward_weights(spec, tensors, spec.seed, True))
+    torch.library.opcheck(torch.ops.saccade.forward_weights.default, seen, test_utils=utils)
 
 
 def _captured(run: Callable[[], Any]) -> tuple[Any, ...]:

@@ -200,4 +200,5 @@ def test_explain_tells_what_would_run() -> None:
         }
         assert [told.kernel for told in kernels.values()] == list(kernels)
     assert "-> reference" in str(told) and "5 queries" in str(told)
-    assert saccade.backends()[-1] == "reference" and named("reference").NAME == "reference"
+    others = [n for n in saccade.backends() if n != "triton"]
+    assert others[-1] == "reference" and named("reference").NAME == "reference"

@@ -60,6 +60,16 @@ def test_options(isa: str, options: dict) -> None:
         check_attention(make_inputs(Shape(2, 4, 2, 17, 33, 24, 40), dtype), mask, "cpu", **options)
 
 
+@pytest.mark.parametrize("reach", [(64, 64), (5, 70), (3, 1), (130, 20), (0, 250)], ids=str)
+def test_edges_of_a_band(isa: str, reach: tuple[int, int]) -> None:
+    """Tiles at the edge are computed in parts; what lies outside of them holds anything."""
+    for dtype in _dtypes(isa):
+        inputs = make_inputs(Shape(1, 2, 1, 210, 300, 20, 36), dtype)
+        check_attention(inputs, Window(*reach), "cpu")
+        check_attention(inputs, Window(*reach), "cpu", activation="softmax1", dropout_p=0.2, seed=3)
+    check_attention(make_inputs(Shape(1, 2, 1, 210, 300, 20, 36)), Window(*reach), "cpu", activation="relu")
+
+
 def test_bias_and_graph(isa: str) -> None:
     torch.manual_seed(0)
     graph = Graph.from_dense(torch.rand(70, 131) < 0.5)

@@ -22,7 +22,7 @@ struct DecodeBuffers {
     ldo = round_up(p.head_dim_v, kLanes<T>);
     S = a.take<T>(kBlockN * kBlockM);
     queries = a.take<T>(p.heads / p.heads_k * kBlockM * ldq);
-    bias = a.take<T>(p.bias ? 2 * kBlockN * kBlockM : 0);
+    bias = a.take<T>(p.bias ? kBlockN * (kBlockM + kLanes<T>) : 0);
     alpha = a.take<T>(kBlockM);
     buffer = a.take<T>(kBlockM * (ldq > ldo ? ldq : ldo));
     O = a.take<T>(p.head_dim_v * kBlockM);
@@ -114,7 +114,7 @@ static void decode_item(const Params& p, int64_t item, char* scratch, char* work
       if (!t.whole) apply_mask<T>(p, q, t, w.S);
       const bool some_dead = may_hold_dead(p, q, t) && find_dead<T>(q, t, w.S, w.dead);
       if (is_softmax(p)) {
-        if (softmax_tile(w.S, t.n, q.lanes, s.m, s.l, w.alpha, exponent_factor<T>(p)))
+        if (softmax_tile(q, t, w.S, s.m, s.l, w.alpha, exponent_factor<T>(p)))
           for (int64_t i = 0; i < q.rows; ++i)
             for (int64_t c = 0; c < w.ldo; c += kLanes<T>)
               store(s.O + i * w.ldo + c, load(s.O + i * w.ldo + c) * w.alpha[i]);

@@ -122,6 +122,7 @@ KernelTable kernels_for(DType t, Score score) {
     table.forward = isa.bf16_kernels->forward;
     table.backward = isa.bf16_kernels->backward;
     table.weights = isa.bf16_kernels->weights;
+    table.forward_weights = isa.bf16_kernels->forward_weights;
   }
   return table;
 }

@@ -31,6 +31,7 @@ struct KernelTable {
   Plan<Params> (*forward)(const Params&);
   Plan<GradParams> (*backward)(const GradParams&);
   Plan<WeightParams> (*weights)(const WeightParams&);
+  Plan<WeightParams> (*forward_weights)(const WeightParams&);
   Plan<Params> (*decode)(const Params&);
 };
 

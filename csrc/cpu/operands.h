@@ -32,6 +32,7 @@ struct Plain {
   };
   static constexpr int64_t kPad = kLanes<T>;  // rows of B are whole vectors
   static constexpr bool kSharesTile = true;   // weights serve as operands where they stand
+  static constexpr int64_t kPartKeys = 16;    // at the edge of a band; measured, window of +-64
 
   template <bool Add>
   static void product(int64_t M, int64_t N, int64_t K, A a, B b, T* c, int64_t ldc) {

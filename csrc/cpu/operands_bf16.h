@@ -210,6 +210,7 @@ struct Bf16 {
   using Scope = TileScope;
   static constexpr int64_t kPad = 16;
   static constexpr bool kSharesTile = false;
+  static constexpr int64_t kPartKeys = 32;  // each part is packed by itself
 
   template <bool Add>
   static void product(int64_t M, int64_t N, int64_t K, A a, B b, float* c, int64_t ldc) {

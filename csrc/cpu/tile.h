@@ -205,11 +205,15 @@ static BiasTile<T> bias_tile(const Params& p, const QueryBlock& q, const KeyTile
       memset(buffer + j * q.lanes + q.rows, 0, size_t(q.lanes - q.rows) * sizeof(T));
     return {buffer, q.lanes, 1};
   }
-  T* rows = buffer + kBlockN * kBlockM;
-  for (int64_t i = 0; i < q.rows; ++i)
-    read_row(rows + i * t.n, base + i * st[2] * size_of(p.bias_dtype), p.bias_dtype, st[3], t.n);
-  for (int64_t i = q.rows; i < q.lanes; ++i) memset(rows + i * t.n, 0, size_t(t.n) * sizeof(T));
-  transpose(rows, t.n, buffer, q.lanes, q.lanes, t.n);
+  T* rows = buffer + kBlockN * kBlockM;  // a vector's worth of them
+  for (int64_t i0 = 0; i0 < q.lanes; i0 += kLanes<T>) {
+    for (int64_t i = 0; i < kLanes<T>; ++i)
+      if (i0 + i < q.rows)
+        read_row(rows + i * t.n, base + (i0 + i) * st[2] * size_of(p.bias_dtype), p.bias_dtype, st[3], t.n);
+      else
+        memset(rows + i * t.n, 0, size_t(t.n) * sizeof(T));
+    transpose(rows, t.n, buffer + i0, q.lanes, kLanes<T>, t.n);
+  }
   return {buffer, q.lanes, 1};
 }
 
@@ -256,6 +260,21 @@ static void finish_logits(const Params& p, const QueryBlock& q, const KeyTile& t
   }
 }
 
+// Keys of a tile, counted from its first: the rows in the vector of lanes at i keep none outside.
+template <typename T>
+SACCADE_FORCE Interval lane_keys(const QueryBlock& q, const KeyTile& t, int64_t i) {
+  if (t.whole || t.extra) return {0, t.n};
+  if (i >= q.rows) return {0, 0};
+  const int64_t begin = min64(max64(q.begin[i] - t.j0, 0), t.n);
+  return {begin, min64(max64(q.end[min64(i + kLanes<T>, q.rows) - 1] - t.j0, begin), t.n)};
+}
+// X[j][i] = 0 in the vector of lanes at `x` for the keys outside.
+template <typename T>
+SACCADE_FORCE void clear_outside(Interval keys, int64_t n, int64_t lanes, T* x) {
+  for (int64_t j = 0; j < keys.begin; ++j) store(x + j * lanes, Vec<T>{});
+  for (int64_t j = keys.end; j < n; ++j) store(x + j * lanes, Vec<T>{});
+}
+
 // Pairs that the mask drops get -inf.
 template <typename T>
 static void apply_mask(const Params& p, const QueryBlock& q, const KeyTile& t, T* S) {
@@ -299,10 +318,15 @@ static void apply_mask(const Params& p, const QueryBlock& q, const KeyTile& t, T
 // whether there is one.
 template <typename T>
 static bool find_dead(const QueryBlock& q, const KeyTile& t, const T* S, bool* dead) {
+  using Int = typename VecOf<T>::Int;
   bool any = false;
   for (int64_t j = 0; j < t.n; ++j) {
-    bool alive = false;
-    for (int64_t i = 0; i < q.rows; ++i) alive |= !(S[j * q.lanes + i] == -kInf<T>);
+    const T* s = S + j * q.lanes;
+    bool alive = s[0] != -kInf<T>;  // mostly the first row settles it
+    for (int64_t i = 0; i < q.rows && !alive; i += kLanes<T>) {
+      const VecI<T> kept = load(s + i) != -kInf<T>, real = iota<T>() < Int(q.rows - i);
+      alive = any_lane(kept & real);
+    }
     dead[j] = !alive;
     any |= !alive;
   }
@@ -381,8 +405,7 @@ struct TilePart {
   int64_t j, n, lane, lanes;
 };
 struct TileParts {
-  static constexpr int64_t kKeys = 32;
-  TilePart part[kBlockN / kKeys];
+  TilePart part[kBlockN / 16];
   int count = 0;
   const TilePart* begin() const { return part; }
   const TilePart* end() const { return part + count; }
@@ -395,8 +418,9 @@ static TileParts tile_parts(const Params& p, const QueryBlock& q, const KeyTile&
     parts.part[parts.count++] = {0, t.n, 0, q.lanes};
     return parts;
   }
-  for (int64_t j = 0; j < t.n; j += TileParts::kKeys) {
-    const int64_t n = min64(TileParts::kKeys, t.n - j), first_key = t.j0 + j, end_key = first_key + n;
+  static_assert(M::kPartKeys >= 16, "there is room for so many parts");
+  for (int64_t j = 0; j < t.n; j += M::kPartKeys) {
+    const int64_t n = min64(M::kPartKeys, t.n - j), first_key = t.j0 + j, end_key = first_key + n;
     int64_t first = 0, last = q.rows;
     while (first < last && q.end[first] <= first_key) ++first;
     while (last > first && q.begin[last - 1] >= end_key) --last;

@@ -24,7 +24,7 @@ struct BackwardBuffers {
     S = a.take<T>(kBlockN * kBlockM);
     dP = a.take<T>(kBlockN * kBlockM);
     cap = a.take<T>(p.softcap != 0 ? kBlockN * kBlockM : 0);
-    bias = a.take<T>(p.bias ? 2 * kBlockN * kBlockM : 0);
+    bias = a.take<T>(p.bias ? kBlockN * (kBlockM + kLanes<T>) : 0);
     Z = a.take<T>(p.dropout_p > 0 ? kBlockN * kBlockM : 0);
     block_q = a.take<T>(kBlockM * ld);
     block_do = a.take<T>(kBlockM * ldv);
@@ -83,14 +83,17 @@ struct BackwardBlock {
 // w.S becomes the weights (after dropout), w.dP the gradient of the natural logits; 0 at masked pairs
 // whatever stands in their key.
 template <typename M>
-static void weigh_tile(const GradParams& p, const QueryBlock& q, int64_t n, BackwardBuffers<M>& w) {
+static void weigh_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, BackwardBuffers<M>& w) {
   using T = typename M::T;
   const T unit = T(logit_unit(p));
   const WeightOf<T> weight_of(p);
   const bool softmax = is_softmax(p), drop = p.dropout_p > 0;
   for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
     const Vec<T> lse = load(w.lse + i), low = load(w.lse_low + i), delta = load(w.delta + i);
-    for (int64_t j = 0; j < n; ++j) {
+    const Interval keys = lane_keys<T>(q, t, i);
+    clear_outside(keys, t.n, q.lanes, w.S + i);
+    clear_outside(keys, t.n, q.lanes, w.dP + i);
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
       T *s = w.S + j * q.lanes + i, *d = w.dP + j * q.lanes + i;
       const Vec<T> logit = load(s), z = drop ? load(w.Z + j * q.lanes + i) : splat<T>(T(1));
       const Vec<T> dP = drop ? load(d) * z : load(d);
@@ -133,7 +136,7 @@ static TileOperands<M> gradient_tile(const GradParams& p, const QueryBlock& q, c
   const bool some_dead = tile_logits<M>(p, q, t, o.parts, o.keys, block.queries, w.S, w.cap, w.bias, w.dead);
   tile_scores<M>(q, o.parts, Dv, o.values, block.douts, w.dP);
   if (p.dropout_p > 0) dropout_tile<T>(p, q, t, w.Z);
-  weigh_tile<M>(p, q, t.n, w);
+  weigh_tile<M>(p, q, t, w);
   if (some_dead) o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, w.dead, w.keys);
   return o;
 }
@@ -192,17 +195,34 @@ static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t 
     }
 }
 
-// How many runs the keys are cut into: enough items for many cores when heads are few, by shape alone.
-static int64_t key_runs(const Params& p) {
-  const int64_t heads = p.batch * p.heads_k, wanted = 16;
+// How many runs the keys of each of so many heads are cut into: enough items for many cores, by shape alone.
+static int64_t runs_of(int64_t heads, int64_t seqlen_k) {
+  const int64_t wanted = 16;
   if (heads == 0 || heads >= wanted) return 1;
-  return max64(1, min64(min64((wanted + heads - 1) / heads, 8), p.seqlen_k / 256));
+  return max64(1, min64(min64((wanted + heads - 1) / heads, 8), seqlen_k / 256));
 }
-static int64_t run_size(const Params& p) {
+
+// Whether items that own a run of keys can own what belongs to them of dbias too: it depends on head, query
+// and key. An item walks all sequences then where the bias is the same for them; with few heads that would
+// leave too few items.
+static bool bias_with_keys(const GradParams& p) {
+  const int64_t* size = p.dbias_size;
+  if (!(p.needs & kNeedBias) || !(p.needs & ~int64_t(kNeedBias)) || p.batch == 0) return false;
+  if (size[1] != p.heads || size[2] == 1 || size[3] == 1) return false;
+  return size[0] == p.batch || p.heads_k * runs_of(p.heads_k, p.seqlen_k) >= 8;
+}
+// Sequences per item.
+static int64_t item_batch(const GradParams& p) {
+  return bias_with_keys(p) && p.dbias_size[0] == 1 ? p.batch : 1;
+}
+static int64_t key_runs(const GradParams& p) {
+  return runs_of(p.batch / item_batch(p) * p.heads_k, p.seqlen_k);
+}
+static int64_t run_size(const GradParams& p) {
   const int64_t runs = key_runs(p);
   return max64(kBlockN, round_up((p.seqlen_k + runs - 1) / runs, kBlockN));
 }
-SACCADE_FORCE Interval key_run(const Params& p, int64_t run) {
+SACCADE_FORCE Interval key_run(const GradParams& p, int64_t run) {
   return {run * run_size(p), (run + 1) * run_size(p)};
 }
 SACCADE_FORCE bool meets(const QueryBlock& q, Interval run) {
@@ -255,10 +275,53 @@ struct KeySums {
   int64_t ld, ldv;
 };
 
+// One head's rows of dbias inside a run of keys. The first sequence to come writes them, from left to right,
+// zeros where it has no tile; the others add.
+template <typename T>
+struct BiasRows {
+  T* out;  // row 0 of the block, key 0; null where nobody wants it
+  int64_t ld, rows;
+  Interval keys;
+  bool first;
+
+  BiasRows(const GradParams& p, const QueryBlock& q, Interval run, bool begins)
+      : out(nullptr), ld(p.dbias_size[3]), rows(q.rows), keys(run), first(begins) {
+    const int64_t b = p.dbias_size[0] > 1 ? q.b : 0, h = p.dbias_size[1] > 1 ? q.h : 0;
+    out = static_cast<T*>(p.dbias) + ((b * p.dbias_size[1] + h) * p.dbias_size[2] + q.i0) * ld;
+  }
+  void add(const QueryBlock& q, const KeyTile& t, const T* dS, T* buffer) {
+    if (first) {
+      clear(t.j0);
+      keys.begin = t.j0 + t.n;
+    }
+    for (int64_t i0 = 0; i0 < rows; i0 += kLanes<T>) {
+      const int64_t count = min64(kLanes<T>, rows - i0);
+      T* to = out + i0 * ld + t.j0;
+      if (first) {
+        transpose(dS + i0, q.lanes, to, ld, t.n, count);
+        continue;
+      }
+      transpose(dS + i0, q.lanes, buffer, t.n, t.n, count);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < t.n; ++j) to[i * ld + j] += buffer[i * t.n + j];
+    }
+  }
+  void finish() {
+    if (first) clear(keys.end);
+  }
+
+ private:
+  void clear(int64_t end) {
+    if (keys.begin < end)
+      for (int64_t i = 0; i < rows; ++i)
+        memset(out + i * ld + keys.begin, 0, size_t(end - keys.begin) * sizeof(T));
+  }
+};
+
 template <typename M>
 static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t,
                           const BackwardBlock<M>& block, BackwardBuffers<M>& w, KeySums<typename M::T> sums,
-                          double* dRel, double* dW) {
+                          double* dRel, double* dW, BiasRows<typename M::T>* dbias) {
   using T = typename M::T;
   const int64_t D = p.head_dim;
   const TileOperands<M> o = gradient_tile<M>(p, q, t, block, w);
@@ -268,6 +331,7 @@ static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTil
       double* r = dRel + rel_index<T>(p, q, t.j0 + j, 0);
       for (int64_t i = 0; i < q.rows; ++i) r[-i] += w.dP[j * q.lanes + i];
     }
+  if (dbias && !t.extra) dbias->add(q, t, w.dP, w.S);
   score_gradient<M>(p, q, t.n, w);
   if constexpr (M::kSharesTile) {
     if (p.score != Score::kDot) {
@@ -287,11 +351,13 @@ static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTil
   add_columns<M>(q, o.parts, D, o.keys, w.dP, w.dQ, w.columns, w.weights);
 }
 
+// One sequence's share of a run of keys.
 template <typename M>
-static void backward_item(const GradParams& p, int64_t item, char* scratch, char* workspace) {
+static void backward_run(const GradParams& p, int64_t b, int64_t hk, int64_t run, char* scratch,
+                         char* workspace) {
   using T = typename M::T;
-  const int64_t runs = key_runs(p), run = item % runs, hk = item / runs % p.heads_k,
-                b = item / runs / p.heads_k;
+  const int64_t runs = key_runs(p);
+  const bool with_bias = bias_with_keys(p), first = p.dbias_size[0] > 1 || b == 0;
   const int64_t group = p.heads / p.heads_k, D = p.head_dim, Dv = p.head_dim_v;
   const Sequence seq = sequence_of(p, b);
   const Interval keys{key_run(p, run).begin, min64(key_run(p, run).end, seq.seqlen_k)};
@@ -317,7 +383,11 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
     for (int64_t m = 0; m * kBlockM < seq.seqlen_q; ++m) {
       const QueryBlock q = query_block<M::kPad>(p, b, h, m);
       const bool with_extra = p.extra_k && last;
-      if (!meets(q, keys) && !with_extra && runs > 1) continue;
+      BiasRows<T> dbias(p, q, keys, first);
+      if (!meets(q, keys) && !with_extra && runs > 1) {
+        if (with_bias) dbias.finish();
+        continue;
+      }
       memset(w.dQ, 0, size_t(D * q.lanes) * sizeof(T));
       const BackwardBlock<M> block(p, q, w);
       KeyTiles tiles(p, q, keys);
@@ -325,10 +395,11 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
       while (tiles.next(t)) {
         const int64_t at = t.j0 - keys.begin;
         backward_tile<M>(p, q, t, block, w, {sums.dK + at * w.ld, sums.dV + at * w.ldv, w.ld, w.ldv}, dRel,
-                         dW);
+                         dW, with_bias ? &dbias : nullptr);
       }
+      if (with_bias) dbias.finish();
       if (with_extra)
-        backward_tile<M>(p, q, {seq.seqlen_k, 1, true, true, nullptr}, block, w, extra, dRel, dW);
+        backward_tile<M>(p, q, {seq.seqlen_k, 1, true, true, nullptr}, block, w, extra, dRel, dW, nullptr);
       if (!(p.needs & kNeedQ)) continue;
       if (runs == 1)
         store_queries<M>(p, q, w);
@@ -348,6 +419,13 @@ static void backward_item(const GradParams& p, int64_t item, char* scratch, char
       write_row(row_at(p.dv, b, hk, seq.k_begin + keys.begin + j), p.dv.dtype, p.dv.col, sums.dV + j * w.ldv,
                 Dv);
   }
+}
+
+template <typename M>
+static void backward_item(const GradParams& p, int64_t item, char* scratch, char* workspace) {
+  const int64_t runs = key_runs(p), run = item % runs, hk = item / runs % p.heads_k, count = item_batch(p);
+  const int64_t first = item / runs / p.heads_k * count;
+  for (int64_t b = first; b < first + count; ++b) backward_run<M>(p, b, hk, run, scratch, workspace);
 }
 
 // dQ of one query block: its parts, added in the order of their keys.

@@ -2,7 +2,7 @@
 // emulation.
 #include "operands_bf16.h"
 #include "tiled_bias.h"
-#include "tiled_weights.h"
+#include "tiled_forward_weights.h"
 
 #define SACCADE_TEXT_(x) #x
 #define SACCADE_TEXT(x) SACCADE_TEXT_(x)
@@ -12,8 +12,8 @@ namespace SACCADE_ISA {
 
 // decode reads each key once per call: its fp32 body, which widens as it reads, loses nothing.
 extern const KernelTable bf16_kernels;
-const KernelTable bf16_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Bf16>, &backward_plan<Bf16>,
-                               &weights_plan<Bf16>, nullptr};
+const KernelTable bf16_kernels{SACCADE_TEXT(SACCADE_ISA), &forward_plan<Bf16>,         &backward_plan<Bf16>,
+                               &weights_plan<Bf16>,       &forward_weights_plan<Bf16>, nullptr};
 
 }  // namespace SACCADE_ISA
 }  // namespace saccade

@@ -1,6 +1,6 @@
-// The gradient of a bias of any broadcast shape. Each item owns elements of dbias and sums what all pairs
-// that read them contribute, so neither a copy per head nor atomics are needed; the tiles of logits are
-// formed once more for it.
+// The gradient of a bias of any broadcast shape, where the main pass cannot take it along. Each item owns
+// elements of dbias and sums what all pairs that read them contribute, so neither a copy per head nor atomics
+// are needed; the tiles of logits are formed once more for it.
 #pragma once
 #include "tiled_backward.h"
 
@@ -23,18 +23,11 @@ struct BiasItems {
 constexpr int64_t kBiasSums = kBlockN;
 static_assert(kBlockM <= kBiasSums, "one sum per query of a block, or per key of a tile");
 
-// dbias elements of this tile += the tile's gradient: into `out`, the item's corner at (row 0 of the block,
-// key 0), where the bias has both queries and keys, else into `sums`, by query or by key from `first` on.
+// Adds a tile's gradients up by query, or by key from `first` on.
 template <typename T>
-static void add_bias_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const T* dS, T* out,
-                          double* sums, int64_t first, T* buffer) {
+static void sum_bias_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, const T* dS,
+                          double* sums, int64_t first) {
   const bool by_row = p.dbias_size[2] > 1, by_key = p.dbias_size[3] > 1;
-  if (by_row && by_key) {
-    transpose(dS, q.lanes, buffer, t.n, t.n, q.rows);
-    for (int64_t i = 0; i < q.rows; ++i)
-      for (int64_t j = 0; j < t.n; ++j) out[i * p.dbias_size[3] + t.j0 + j] += buffer[i * t.n + j];
-    return;
-  }
   for (int64_t j = 0; j < t.n; ++j)
     for (int64_t i = 0; i < q.rows; ++i)
       sums[by_row ? i : by_key ? t.j0 + j - first : 0] += dS[j * q.lanes + i];
@@ -59,8 +52,6 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
   const int64_t own_rows = all_rows ? 1 : min64(kBlockM, rows - row_block * kBlockM);
   const bool summed = rows == 1 || keys == 1;
   double sums[kBiasSums] = {};
-  for (int64_t i = 0; i < own_rows && !summed; ++i)
-    memset(out + i * keys + first, 0, size_t(held) * sizeof(T));
   const Interval within = items.key_blocks > 1 ? Interval{first, first + held} : Interval{0, INT64_MAX};
 
   const int64_t b_end = p.dbias_size[0] > 1 ? b0 + 1 : p.batch,
@@ -71,13 +62,20 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
         const QueryBlock q = query_block<M::kPad>(p, b, h, m);
         KeyTiles tiles(p, q, within);
         KeyTile t;
-        if (tiles.limit.begin >= tiles.limit.end) continue;
-        const BackwardBlock<M> block(p, q, w);
-        while (tiles.next(t)) {
-          gradient_tile<M>(p, q, t, block, w);
-          add_bias_tile<T>(p, q, t, w.dP, out, sums, first, w.S);
+        BiasRows<T> dbias(p, q, {0, keys}, b == b0 && h == h0);
+        if (tiles.limit.begin < tiles.limit.end) {
+          const BackwardBlock<M> block(p, q, w);
+          while (tiles.next(t)) {
+            gradient_tile<M>(p, q, t, block, w);
+            if (summed)
+              sum_bias_tile<T>(p, q, t, w.dP, sums, first);
+            else
+              dbias.add(q, t, w.dP, w.S);
+          }
         }
+        if (!summed) dbias.finish();
       }
+  if (!summed && p.batch == 0) memset(out, 0, size_t(own_rows * keys) * sizeof(T));
   if (summed)
     for (int64_t x = 0; x < (all_rows ? held : own_rows); ++x) out[(all_rows ? first : 0) + x] = T(sums[x]);
 }
@@ -97,13 +95,13 @@ static Plan<GradParams> backward_plan(const GradParams& p) {
   plan.scratch_bytes = scratch.used;
   plan.workspace_bytes = shared.used;
   if (p.needs & ~int64_t(kNeedBias)) {
-    plan.add(p.batch * p.heads_k * key_runs(p), &backward_item<M>);
+    plan.add(p.batch / item_batch(p) * p.heads_k * key_runs(p), &backward_item<M>);
     if ((p.needs & kNeedQ) && key_runs(p) > 1)
       plan.add(p.batch * p.heads * ((p.seqlen_q + kBlockM - 1) / kBlockM), &reduce_queries<M>);
     if (p.needs & (kNeedRelBias | kNeedWeight | kNeedExtraK | kNeedExtraV))
       plan.add(p.heads, &reduce_heads<M>);
   }
-  if (p.needs & kNeedBias) plan.add(BiasItems(p).count(p), &bias_item<M>);
+  if ((p.needs & kNeedBias) && !bias_with_keys(p)) plan.add(BiasItems(p).count(p), &bias_item<M>);
   return plan;
 }
 

@@ -31,7 +31,7 @@ struct ForwardBuffers {
     block =
         a.take<T>(kBlockM * (round_up(D, pad) > round_up(Dv, pad) ? round_up(D, pad) : round_up(Dv, pad)));
     alpha = a.take<T>(kBlockM);
-    bias = a.take<T>(p.bias ? 2 * kBlockN * kBlockM : 0);
+    bias = a.take<T>(p.bias ? kBlockN * (kBlockM + kLanes<T>) : 0);
     Z = a.take<T>(p.dropout_p > 0 ? kBlockN * kBlockM : 0);
     queries = a.take<E>(M::packed_size(D, kBlockM));
     keys = a.take<E>(M::rows_size(kBlockN, D));
@@ -46,10 +46,14 @@ struct ForwardBuffers {
 // S becomes the weights, m and l move on; alpha is what older sums are to be multiplied by. Returns whether
 // any alpha differs from 1.
 template <typename T>
-static bool softmax_tile(T* S, int64_t n, int64_t lanes, T* m, T* l, T* alpha, T factor) {
+static bool softmax_tile(const QueryBlock& q, const KeyTile& t, T* S, T* m, T* l, T* alpha, T factor) {
+  const int64_t lanes = q.lanes;
   bool moved = false;
   for (int64_t i = 0; i < lanes; i += kLanes<T>) {
-    T* s = S + i;
+    const Interval keys = lane_keys<T>(q, t, i);
+    clear_outside(keys, t.n, lanes, S + i);
+    T* s = S + keys.begin * lanes + i;
+    const int64_t n = keys.end - keys.begin;
     const Vec<T> old = load(m + i);
     Vec<T> top[4] = {old, old, old, old};
     int64_t j = 0;
@@ -191,7 +195,7 @@ static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t,
   const bool some_dead = tile_logits<M>(p, q, t, parts, keys, queries, w.S, nullptr, w.bias, w.dead);
   const T factor = exponent_factor<T>(p);
   if (is_softmax(p)) {
-    if (softmax_tile(w.S, t.n, q.lanes, w.state.m, w.state.l, w.alpha, factor))
+    if (softmax_tile(q, t, w.S, w.state.m, w.state.l, w.alpha, factor))
       scale_lanes(w.state.O, Dv, q.lanes, w.alpha);
   } else {
     activate_tile(p.activation, w.S, t.n * q.lanes, T(logit_unit(p)));
@@ -204,6 +208,21 @@ static void forward_tile(const Params& p, const QueryBlock& q, const KeyTile& t,
       t.extra ? M::row(static_cast<const char*>(p.extra_v) + q.h * Dv * e, p.v.dtype, Dv, w.values)
               : M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, some_dead ? w.dead : nullptr, w.values);
   add_columns<M>(q, parts, Dv, values, w.S, w.state.O, w.columns, w.weights);
+}
+
+// Clears the state of a query block and hands f its key tiles inside `within`, the extra key last.
+template <typename M, typename F>
+static void forward_tiles(const Params& p, const QueryBlock& q, Interval within, bool with_extra,
+                          ForwardBuffers<M>& w, F f) {
+  using T = typename M::T;
+  for (int64_t i = 0; i < q.lanes; ++i) w.state.m[i] = -kInf<T>, w.state.l[i] = T(0);
+  memset(w.state.O, 0, size_t(p.head_dim_v * q.lanes) * sizeof(T));
+  const Matrix<T> rows = block_rows<T>(p.q, q, p.head_dim, p.head_dim, w.block);
+  const typename M::B queries = M::pack_columns(rows.p, rows.ld, q.rows, q.lanes, p.head_dim, w.queries);
+  KeyTiles tiles(p, q, within);
+  KeyTile t;
+  while (tiles.next(t)) f(t, queries);
+  if (p.extra_k && with_extra) f({q.seq.seqlen_k, 1, true, true, nullptr}, queries);
 }
 
 // With few query blocks the keys are split too; the parts are merged in order.
@@ -245,16 +264,10 @@ static void forward_item(const Params& p, int64_t item, char* scratch, char* wor
   Arena arena{scratch};
   ForwardBuffers<M> w(p, arena);
   if (splits > 1) w.state = partial_state<T>(p, item, workspace);
-  for (int64_t i = 0; i < q.lanes; ++i) w.state.m[i] = -kInf<T>, w.state.l[i] = T(0);
-  memset(w.state.O, 0, size_t(p.head_dim_v * q.lanes) * sizeof(T));
-
-  const Matrix<T> rows = block_rows<T>(p.q, q, p.head_dim, p.head_dim, w.block);
-  const typename M::B queries = M::pack_columns(rows.p, rows.ld, q.rows, q.lanes, p.head_dim, w.queries);
-  KeyTiles tiles(p, q, split_keys(p, split, splits));
-  KeyTile t;
-  while (tiles.next(t)) forward_tile<M>(p, q, t, queries, w);
-  if (p.extra_k && split + 1 == splits)
-    forward_tile<M>(p, q, {q.seq.seqlen_k, 1, true, true, nullptr}, queries, w);
+  const auto one_tile = [&](const KeyTile& t, typename M::B queries) {
+    forward_tile<M>(p, q, t, queries, w);
+  };
+  forward_tiles<M>(p, q, split_keys(p, split, splits), split + 1 == splits, w, one_tile);
   if (splits == 1) finish_block<T>(p, q, w.state, w.alpha, w.block);
 }
 

@@ -74,6 +74,13 @@ template <typename T>
 SACCADE_FORCE Vec<T> vmax(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
+template <typename I>
+SACCADE_FORCE bool any_lane(I mask) {
+  uint64_t words[sizeof mask / 8], any = 0;
+  memcpy(words, &mask, sizeof mask);
+  for (uint64_t word : words) any |= word;
+  return any != 0;
+}
 template <typename To, typename From>
 SACCADE_FORCE To bits(From x) {
   static_assert(sizeof(To) == sizeof(From), "a change of type, not of value");
@@ -218,11 +225,20 @@ static void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int6
     int64_t c0 = 0;
     for (; c0 + L <= cols; c0 += L) {
       Vec<T> t[L];
+      // One pointer that walks: of two times 16 addresses, computed ahead, most would be spilled.
+      const T* from = src + r0 * ld_src + c0;
+      T* to = dst + c0 * ld_dst + r0;
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) t[i] = load(src + (r0 + i) * ld_src + c0);
+      for (int i = 0; i < L; ++i, from += ld_src) {
+        t[i] = load(from);
+        asm("" : "+r"(from));
+      }
       butterfly<T, 1>(t);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(dst + (c0 + i) * ld_dst + r0, t[i]);
+      for (int i = 0; i < L; ++i, to += ld_dst) {
+        store(to, t[i]);
+        asm("" : "+r"(to));
+      }
     }
     for (int i = 0; i < L; ++i)
       for (int64_t c = c0; c < cols; ++c) dst[c * ld_dst + r0 + i] = src[(r0 + i) * ld_src + c];

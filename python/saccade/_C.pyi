@@ -1,4 +1,5 @@
 with_cuda: bool
+cuda_archs: str
 instruction_sets: tuple[str, ...]
 compiler: str
 torch_target: tuple[int, int]

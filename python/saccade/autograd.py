@@ -30,17 +30,19 @@ class Call:
 
     spec: Spec
     body: int
+    ops: Any = ops  # whose operators: a module with forward, backward and weights, and gather's
 
     @property
     def has_lse(self) -> bool:
         return self.spec.activation in NORMALISED
 
 
-def attend(problem: Problem, body: int) -> tuple[Tensor, Tensor]:
+def attend(problem: Problem, body: int, operators: Any = ops) -> tuple[Tensor, Tensor]:
     """(out, lse) by the operators, with derivatives."""
     tensors, spec = problem.tensors, problem.spec
+    call = Call(spec, body, operators)
     if _untracked(tensors):
-        out, lse, *_ = _run(Call(spec, body), tensors, spec.seed)
+        out, lse, *_ = _run(call, tensors, spec.seed)
         return out, lse
     if torch.compiler.is_compiling():
         apply = Forward.apply
@@ -48,20 +50,44 @@ def attend(problem: Problem, body: int) -> tuple[Tensor, Tensor]:
         apply = super(Function, Eager).apply  # past the wrapper that looks for functorch, 4 us a call
     else:
         apply = Attention.apply
-    found = apply(*tensors, spec.seed, Call(spec, body))
+    found = apply(*tensors, spec.seed, call)
     return found[0], found[1]
 
 
-def attention_weights(problem: Problem, lse: Tensor, average: bool) -> Tensor:
+def attend_and_weigh(problem: Problem, body: int, average: bool) -> tuple[Tensor, Tensor]:
+    """(out, weights) as `attend` and `attention_weights` give them; in one pass where no derivative is asked
+    for.
+    """
+    tensors, spec = problem.tensors, problem.spec
+    if body == ops.TILED and _untracked(tensors):
+        out, _, found = ops.forward_weights(spec, tensors, spec.seed, average)
+        return out, found
+    out, lse = attend(problem, body)
+    return out, attention_weights(problem, lse, average)
+
+
+def attention_weights(problem: Problem, lse: Tensor, average: bool, operators: Any = ops) -> Tensor:
     """The weights [B, H, Sq, Sk'], or [B, Sq, Sk'] averaged over heads, after dropout, with derivatives."""
     tensors, spec = problem.tensors, problem.spec
     if _untracked(tensors):
-        return ops.weights(spec, lse, tensors, spec.seed, average)
+        return operators.weights(spec, lse, tensors, spec.seed, average)
     if torch.compiler.is_compiling():
         function: type[Function] = PlainWeights
     else:
         function = EagerWeights if torch._C._functorch.peek_interpreter_stack() is None else Weights
-    return function.apply(lse.detach(), *tensors, spec.seed, Call(spec, ops.TILED), average)
+    return function.apply(lse.detach(), *tensors, spec.seed, Call(spec, ops.TILED, operators), average)
+
+
+class ReferenceWeights:
+    """`ops.weights` in plain PyTorch: the operators for `attention_weights` where kernels have none."""
+
+    @staticmethod
+    def weights(
+        spec: Spec, lse: Tensor | None, tensors: Tensors, seed: Tensor | None, average: bool
+    ) -> Tensor:
+        assert tensors[0] is not None
+        found = reference.weigh(replace(spec, seed=seed), tensors)[2].to(tensors[0].dtype)
+        return found.mean(1) if average else found
 
 
 def _untracked(tensors: Tensors) -> bool:
@@ -199,7 +225,7 @@ class PlainWeights(Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         lse, *tensors, seed, call, average = args
-        return ops.weights(call.spec, lse, tuple(tensors), seed, average)
+        return call.ops.weights(call.spec, lse, tuple(tensors), seed, average)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -249,8 +275,8 @@ class EagerWeights(Function):
 
 def _run(call: Call, tensors: Tensors, seed: Tensor | None) -> tuple[Tensor, ...]:
     if call.body == ops.GATHER:
-        return gather.forward(call.spec, tensors, seed)
-    return ops.forward(call.spec, tensors, seed, call.body)
+        return gather.forward(call.ops, call.spec, tensors, seed)
+    return call.ops.forward(call.spec, tensors, seed, call.body)
 
 
 def _outputs(call: Call) -> int:
@@ -262,13 +288,13 @@ def _gradients(
 ) -> dict[int, Tensor]:
     """The operators' gradients of the inputs wanted, by place; the sink's is not theirs."""
     if call.body == ops.GATHER:
-        return gather.backward(call.spec, grads, tensors, seed, wanted)
+        return gather.backward((call.ops, call.spec), grads, tensors, seed, wanted)
     places = (0, 1, 2, 3, 4, 5, 7, 8)  # in the order in which the operator returns them
     bits = sum(1 << bit for bit, n in enumerate(places) if n in wanted)
     if not bits:
         return {}
     return dict(
-        zip(places, ops.backward(call.spec, grads[:4], tensors, seed, (call.body, bits)), strict=True)
+        zip(places, call.ops.backward(call.spec, grads[:4], tensors, seed, (call.body, bits)), strict=True)
     )
 
 
@@ -309,11 +335,8 @@ def _attend_fn(
 
 
 def _weights_fn(call: Call, seed: Tensor | None, present: list[int], average: bool) -> Callable[..., Tensor]:
-    spec = replace(call.spec, seed=seed)
-
     def run(*values: Tensor) -> Tensor:
-        found = reference.weigh(spec, _placed(values, present))[2].to(values[0].dtype)
-        return found.mean(1) if average else found
+        return ReferenceWeights.weights(call.spec, None, _placed(values, present), seed, average)
 
     return run
 

@@ -79,6 +79,12 @@ def _compiled() -> Lines:
         current, *supported = torch.ops.saccade.cpu_isa("").split()
         usable = [name for name in supported if not name.startswith("emulated")]
         yield "operators", ops.PATH, True
+        archs = ", ".join(f"sm_{arch}" for arch in ops.CUDA_ARCHS)
+        yield (
+            "CUDA kernels",
+            f"compiled for {archs}" if archs else "not compiled (no nvcc at build time)",
+            True,
+        )
         yield "instruction set", f"{current} in use; this processor can run {', '.join(usable)}", True
         if forced := os.environ.get("SACCADE_CPU_ISA"):
             fine = forced == current
@@ -95,7 +101,6 @@ def _compiled() -> Lines:
     yield "compiler", f"{facts.compiler}, for torch {'.'.join(map(str, facts.torch_target))} and later", True
     yield "compiled sets", ", ".join(facts.instruction_sets), True
     yield "processor features", ", ".join(facts.cpu_features()) or "none asked for", True
-    yield "CUDA kernels", "compiled in" if facts.with_cuda else "not compiled (no nvcc at build time)", True
 
 
 def _backends() -> Lines:
@@ -114,7 +119,7 @@ def _checks() -> Lines:
         )
     for name in names:
         device = "cuda" if name in ("cuda", "triton") else "cpu"
-        for dtype in _DTYPES:
+        for dtype in _DTYPES[1:3] if name == "cuda" else _DTYPES:
             try:
                 inputs = make_inputs(
                     Shape(seqlen_q=67, seqlen_k=131, heads_k=2, head_dim=40, head_dim_v=24),

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .layout import in_order, memory_order
-from .ops import GATHER, call_arguments
 from .problem import Spec, accumulator
 
 # Place among the tensors of a problem -> bit among the operator's gradients, in the order in which it returns
@@ -24,13 +23,15 @@ _EDGE_E, _EDGE_W = 10, 11
 
 
 def forward(
-    spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None
+    ops: Any, spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, sum p e) of the tensors of a problem; the last is empty without edge features."""
+    """(out, lse, sum p e) of the tensors of a problem; the last is empty without edge features. `ops` is the
+    module whose gather operators run.
+    """
     q, w = tensors[0], tensors[_EDGE_W]
     assert q is not None
     order = spec.layout.out_order or memory_order(q)
-    out, lse, mixed = torch.ops.saccade.gather_forward.default(*_arguments(spec, tensors, seed), order)
+    out, lse, mixed = ops.gather_forward(spec, *_arguments(spec, tensors), seed, order)
     if w is not None:
         wide = accumulator(q.dtype)
         out = in_order((out.to(wide) + _lifted(mixed, w)).to(q.dtype), order)
@@ -38,13 +39,16 @@ def forward(
 
 
 def backward(
-    spec: Spec,
+    call: tuple[Any, Spec],
     grads: tuple[Tensor | None, ...],
     tensors: tuple[Tensor | None, ...],
     seed: Tensor | None,
     wanted: tuple[int, ...],
 ) -> dict[int, Tensor]:
-    """The gradients wanted, by place; `grads` is dout, dlse, out, lse, sum p e."""
+    """The gradients wanted, by place; `call` is the operators' module and the spec, `grads` is dout, dlse,
+    out, lse, sum p e.
+    """
+    ops, spec = call
     dout, dlse, out, lse, mixed = grads
     q, e, w = tensors[0], tensors[_EDGE_E], tensors[_EDGE_W]
     assert q is not None and dout is not None and mixed is not None and spec.args.graph is not None
@@ -56,16 +60,8 @@ def backward(
     # `out` has the edges' share already: its row sums with dout are whole, and the share alone counts as
     # zero.
     share = torch.zeros_like(mixed)
-    dq, dk, dv, dweight, dedge_bias, dedge_q, dedge_x = torch.ops.saccade.gather_backward.default(
-        dout,
-        dlse,
-        dout_edge,
-        out,
-        lse,
-        share,
-        *_arguments(spec, tensors, seed),
-        *spec.args.graph.columns(),
-        needs,
+    dq, dk, dv, dweight, dedge_bias, dedge_q, dedge_x = ops.gather_backward(
+        spec, (dout, dlse, dout_edge, out, lse, share), *_arguments(spec, tensors), seed, needs
     )
     found = {0: dq, 1: dk, 2: dv, 5: dweight, 9: dedge_bias}
     if w is not None and e is not None:
@@ -90,13 +86,11 @@ def _lifted(x: Tensor, w: Tensor) -> Tensor:
     return x.to(wide) @ w.to(wide).transpose(-1, -2)
 
 
-def _arguments(spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None) -> tuple[Any, ...]:
+def _arguments(spec: Spec, tensors: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
+    """The nine tensors of every operator, and edge_bias, q W and e."""
     q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, e, w = (
         x if x is None or n < 3 else x.contiguous() for n, x in enumerate(tensors)
     )
-    graph = spec.args.graph
-    assert graph is not None and q is not None
+    assert q is not None
     edge_q = None if w is None else _projected(q, w)
-    call = call_arguments(spec, seed, GATHER)
-    edges = (graph.indptr, graph.indices, graph.edge_ids, edge_bias, edge_q, e, graph.num_edges)
-    return (q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, *call, *edges)
+    return (q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v), (edge_bias, edge_q, e)

@@ -245,6 +245,9 @@ class Graph(Mask):
         self.columns()
         if not self.has_repeats and self.num_tiles:
             self.tiles()
+            if self.device.type == "cuda":
+                for whole in (False, True):
+                    self.tile_lists(whole)
         self.keep(0, 0, self.rows[:1], self.indices[:1].long(), self.num_queries, self.num_keys)
         return self
 
@@ -258,6 +261,35 @@ class Graph(Mask):
         keys, order = torch.sort(self.indices, stable=True)
         ends = torch.arange(self.num_keys + 1, device=self.device, dtype=keys.dtype)
         return torch.searchsorted(keys, ends), self.rows[order].int(), order
+
+    def work(self, limit: int, by_key: bool) -> list[Tensor]:
+        """The edges of each row (or key) in pieces of at most `limit`, the longest first, so that a hub is
+        shared and leaves stay cheap.
+
+        Returns the row, first edge and last edge of each piece [P], its number among the pieces of rows that
+        were cut, or -1 [P]; then the rows that were cut [C] and where the pieces of each begin [C + 1].
+        int32, but for edges, int64.
+        """
+        return self._once(f"work {limit} {by_key}", lambda: self._build_work(limit, by_key))
+
+    def _build_work(self, limit: int, by_key: bool) -> list[Tensor]:
+        indptr = self.columns()[0] if by_key else self.indptr
+        sizes = indptr.diff()
+        pieces = ((sizes + limit - 1) // limit).clamp(min=1)
+        row = torch.repeat_interleave(torch.arange(sizes.numel(), device=self.device), pieces)
+        nth = torch.arange(row.numel(), device=self.device) - (pieces.cumsum(0) - pieces)[row]
+        first = indptr[row] + nth * limit
+        last = torch.minimum(first + limit, indptr[row + 1])
+        is_cut = pieces > 1
+        slot = torch.where(is_cut[row], is_cut[row].cumsum(0) - 1, -1)
+        cut = is_cut.nonzero().squeeze(1)
+        ends = torch.nn.functional.pad(pieces[cut].cumsum(0), (1, 0))
+        order = torch.argsort(first - last, stable=True)
+        return [row[order].int(), first[order], last[order], slot[order].int(), cut.int(), ends.int()]
+
+    def column_ids(self) -> Tensor:
+        """[E] int64: the user's number of each edge, in the order of `columns`."""
+        return self._once("column ids", lambda: self.ids[self.columns()[2]])
 
     @property
     def num_tiles(self) -> int:
@@ -288,6 +320,29 @@ class Graph(Mask):
         first = torch.arange(down + 1, device=self.device) * max(across, 1)
         ptr = torch.searchsorted(tile, first)
         return ptr, (tile % max(across, 1)).int(), bits.view(-1, TILE)
+
+    def tile_lists(self, whole: bool) -> list[Tensor]:
+        """The tile form for kernels that go through a row's tiles, or a column's, the whole ones first.
+
+        `whole`: a tile with every bit set needs no test (nothing but the graph masks). Returns tile_bits
+        [T, 64]; then by row and again by column: pointers [tiles + 1] int32, where each one's whole tiles end
+        [tiles] int32, the other coordinate of each tile [T] int32, its number in tile_bits [T] int32.
+        """
+        return self._once(f"tile_lists {whole}", lambda: self._build_tile_lists(whole))
+
+    def _build_tile_lists(self, whole: bool) -> list[Tensor]:
+        ptr, cols, bits = self.tiles()
+        rows = _rows_of(ptr, cols.numel())
+        full = (bits == -1).all(1) if whole else torch.zeros_like(rows, dtype=torch.bool)
+        found = [bits]
+        down, across = ptr.numel() - 1, -(-self.num_keys // TILE)
+        for of, other, count in ((rows, cols, down), (cols.long(), rows, across)):
+            # By row (or column), then the whole ones, then in the order of the other coordinate.
+            order = torch.sort(of * 2 + ~full, stable=True).indices
+            sizes, wholes = (torch.bincount(x, minlength=count) for x in (of, of[full]))
+            ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+            found += [x.int() for x in (ends, ends[:-1] + wholes, other[order], order)]
+        return found
 
     def _once(self, name: str, build: Any) -> Any:
         if name not in self._cache:

@@ -36,6 +36,12 @@ class MaskArgs:
     def is_band(self) -> bool:
         return self.lengths is None and self.keep is None and self.q_ids is None and self.graph is None
 
+    @property
+    def is_graph_alone(self) -> bool:
+        """A graph and nothing else: a pair is kept iff it is an edge."""
+        parts = (self.head_bounds, self.lengths, self.keep, self.q_ids)
+        return all(x is None for x in parts) and not self.chunks and self.band == NO_MASK.band
+
 
 NO_MASK = MaskArgs()
 

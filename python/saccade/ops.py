@@ -30,6 +30,14 @@ def _load() -> tuple[bool, str]:
 LOADED, WHY_NOT = _load()
 
 
+def _cuda_archs() -> tuple[str, ...]:
+    """What the CUDA kernels were compiled for: "80", "90a"; nothing where the build had no nvcc."""
+    return tuple(torch.ops.saccade.cuda_archs().split()) if LOADED else ()
+
+
+CUDA_ARCHS = _cuda_archs()
+
+
 def call_arguments(spec: Spec, seed: Tensor | None, body: int) -> tuple[Any, ...]:
     """The arguments from `seed` to `body`: everything but the differentiable tensors."""
     args, at = spec.args, spec.layout
@@ -43,87 +51,131 @@ def call_arguments(spec: Spec, seed: Tensor | None, body: int) -> tuple[Any, ...
     )  # fmt: skip
 
 
+def places(name: str) -> dict[str, int]:
+    """Argument name -> position, of `saccade::name`."""
+    schema = getattr(torch.ops.saccade, name).default._schema
+    return {argument.name: n for n, argument in enumerate(schema.arguments)}
+
+
+# What the operators return, from every argument of a schema, of which a few are read by their places. A fake
+# is no more than this; kernels written in Python fill what it gives.
+
+
+def forward_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of forward."""
+    q, v = args[0], args[2]
+    order = list(args[at["out_order"]])
+    sizes = (*q.shape[:-1], v.shape[-1])
+    out = q.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(q.dim())])
+    packed = args[at["cu_seqlens_q"]] is not None
+    shape = (q.shape[1], q.shape[0]) if packed else q.shape[:-1]
+    has_lse = args[at["activation"]] in NORMALISED
+    return out, q.new_empty(shape if has_lse else (0,), dtype=torch.float64)
+
+
+def backward_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, ...]:
+    """The gradients of backward."""
+    q, needs = args[at["q"]], args[at["needs"]]
+    found = []
+    for bit, name in enumerate(("q", "k", "v", "bias", "rel_bias", "weight", "extra_k", "extra_v")):
+        like, dtype = args[at[name]], q.dtype if bit < 3 else accumulator(q.dtype)
+        if like is None or not needs & (1 << bit):
+            found.append(q.new_empty(0, dtype=dtype))
+            continue
+        shape = like.shape
+        if bit < 3:  # dense, its dimensions in memory in the order of its argument's strides
+            order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+            dense = q.new_empty([shape[d] for d in order])
+            found.append(dense.permute([order.index(d) for d in range(like.dim())]))
+            continue
+        if name == "bias":
+            shape = [1 if stride == 0 else n for n, stride in zip(shape, like.stride(), strict=True)]
+        found.append(q.new_empty(shape, dtype=dtype))
+    return tuple(found)
+
+
+def weights_result(args: tuple[Any, ...], at: dict[str, int]) -> Tensor:
+    """The weights of weights."""
+    q, k = args[at["q"]], args[at["k"]]
+    extra, softmax1 = args[at["extra_k"]] is not None, args[at["activation"]] == SOFTMAX1
+    head = q.shape[:1] if args[at["average"]] else q.shape[:2]
+    return q.new_empty((*head, q.shape[2], k.shape[2] + extra + softmax1))
+
+
+def gather_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, sum p e) of gather_forward."""
+    q, features = args[at["q"]], args[at["edge_x"]]
+    shape = (0,) if features is None else (*q.shape[:-1], features.shape[1])
+    return *forward_results(args, at), q.new_empty(shape)
+
+
+def gather_gradients(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, ...]:
+    """The gradients of gather_backward."""
+    q, needs = args[at["q"]], args[at["needs"]]
+    wide = accumulator(q.dtype)
+    found = []
+    for name, bit in (("q", 1), ("k", 2), ("v", 4), ("weight", 32), ("edge_bias", 256), ("edge_q", 512)):
+        like, dtype = args[at[name]], q.dtype if name in ("q", "k", "v", "edge_q") else wide
+        absent = like is None or not needs & bit
+        found.append(q.new_empty(0, dtype=wide) if absent else like.new_empty(like.shape, dtype=dtype))
+    features, absent = args[at["edge_x"]], not needs & 1024
+    found.append(q.new_empty((0,) if absent else features.shape, dtype=wide))
+    return tuple(found)
+
+
 if LOADED:
-    # A fake sees every argument of its schema and reads by name the few that shape the result.
-
-    def _places(name: str) -> dict[str, int]:
-        schema = getattr(torch.ops.saccade, name).default._schema
-        return {argument.name: n for n, argument in enumerate(schema.arguments)}
-
-    _FORWARD, _BACKWARD, _WEIGHTS = map(_places, ("forward", "backward", "weights"))
-    _GATHER, _GATHER_BACKWARD = map(_places, ("gather_forward", "gather_backward"))
+    _FORWARD, _BACKWARD, _WEIGHTS = map(places, ("forward", "backward", "weights"))
+    _FORWARD_WEIGHTS = places("forward_weights")
+    _GATHER, _GATHER_BACKWARD = map(places, ("gather_forward", "gather_backward"))
 
     @torch.library.register_fake("saccade::forward")
     def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-        q, v = args[0], args[2]
-        order = list(args[_FORWARD["out_order"]])
-        sizes = (*q.shape[:-1], v.shape[-1])
-        out = q.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(q.dim())])
-        packed = args[_FORWARD["cu_seqlens_q"]] is not None
-        shape = (q.shape[1], q.shape[0]) if packed else q.shape[:-1]
-        has_lse = args[_FORWARD["activation"]] in NORMALISED
-        return out, q.new_empty(shape if has_lse else (0,), dtype=torch.float64)
+        return forward_results(args, _FORWARD)
 
     @torch.library.register_fake("saccade::backward")
     def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-        q, needs = args[_BACKWARD["q"]], args[_BACKWARD["needs"]]
-        found = []
-        for bit, name in enumerate(("q", "k", "v", "bias", "rel_bias", "weight", "extra_k", "extra_v")):
-            like, dtype = args[_BACKWARD[name]], q.dtype if bit < 3 else accumulator(q.dtype)
-            if like is None or not needs & (1 << bit):
-                found.append(q.new_empty(0, dtype=dtype))
-                continue
-            shape = like.shape
-            if bit < 3:  # dense, its dimensions in memory in the order of its argument's strides
-                order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
-                found.append(
-                    q.new_empty([shape[d] for d in order]).permute(
-                        [order.index(d) for d in range(like.dim())]
-                    )
-                )
-                continue
-            if name == "bias":
-                shape = [1 if stride == 0 else n for n, stride in zip(shape, like.stride(), strict=True)]
-            found.append(q.new_empty(shape, dtype=dtype))
-        return tuple(found)
+        return backward_results(args, _BACKWARD)
 
     @torch.library.register_fake("saccade::gather_forward")
     def _gather_forward_fake(*args: Any) -> tuple[Tensor, ...]:
-        q, features = args[0], args[_GATHER["edge_x"]]
-        plain = [*args[: _FORWARD["out_order"]], args[_GATHER["out_order"]]]
-        shape = (0,) if features is None else (*q.shape[:-1], features.shape[1])
-        return *_forward_fake(*plain), q.new_empty(shape)
+        return gather_results(args, _GATHER)
 
     @torch.library.register_fake("saccade::gather_backward")
     def _gather_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-        at, q = _GATHER_BACKWARD, args[_GATHER_BACKWARD["q"]]
-        needs, wide = args[at["needs"]], accumulator(q.dtype)
-        found = []
-        for name, bit in (("q", 1), ("k", 2), ("v", 4), ("weight", 32), ("edge_bias", 256), ("edge_q", 512)):
-            like, dtype = args[at[name]], q.dtype if name in ("q", "k", "v", "edge_q") else wide
-            absent = like is None or not needs & bit
-            found.append(q.new_empty(0, dtype=wide) if absent else like.new_empty(like.shape, dtype=dtype))
-        features, absent = args[at["edge_x"]], not needs & 1024
-        found.append(q.new_empty((0,) if absent else features.shape, dtype=wide))
-        return tuple(found)
+        return gather_gradients(args, _GATHER_BACKWARD)
 
     @torch.library.register_fake("saccade::weights")
     def _weights_fake(*args: Any) -> Tensor:
-        q, k = args[_WEIGHTS["q"]], args[_WEIGHTS["k"]]
-        extra, softmax1 = args[_WEIGHTS["extra_k"]] is not None, args[_WEIGHTS["activation"]] == SOFTMAX1
-        head = q.shape[:1] if args[_WEIGHTS["average"]] else q.shape[:2]
-        return q.new_empty((*head, q.shape[2], k.shape[2] + extra + softmax1))
+        return weights_result(args, _WEIGHTS)
+
+    @torch.library.register_fake("saccade::forward_weights")
+    def _forward_weights_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        named = {**dict(zip(_FORWARD_WEIGHTS, args, strict=True)), "lse": None}
+        return *_forward_fake(*args[:-1]), _weights_fake(*(named[name] for name in _WEIGHTS))
 
 
 def forward(
     spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None, body: int
 ) -> tuple[Tensor, Tensor]:
     """`saccade::forward` on the tensors of `Problem.tensors`: (out, lse); its lse is fp64 for every dtype."""
-    q, k, v, bias, *rest = _taken(tensors)
+    q, k, v, bias, *rest = taken_tensors(tensors)
     assert q is not None
     order = spec.layout.out_order or memory_order(q)
     call = call_arguments(spec, seed, body)
-    return torch.ops.saccade.forward.default(q, k, v, _expanded(spec, bias), *rest, *call, order)
+    return torch.ops.saccade.forward.default(q, k, v, expanded_bias(spec, bias), *rest, *call, order)
+
+
+def forward_weights(
+    spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None, average: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`saccade::forward_weights`: (out, lse, weights), the last two as `forward` and `weights` give them."""
+    q, k, v, bias, *rest = taken_tensors(tensors)
+    assert q is not None
+    order = spec.layout.out_order or memory_order(q)
+    call = call_arguments(spec, seed, TILED)
+    return torch.ops.saccade.forward_weights.default(
+        q, k, v, expanded_bias(spec, bias), *rest, *call, order, average
+    )
 
 
 def backward(
@@ -134,27 +186,73 @@ def backward(
     body_and_needs: tuple[int, int],
 ) -> tuple[Tensor, ...]:
     """`saccade::backward`; `grads` is dout, dlse, out, lse."""
-    q, k, v, bias, *rest = _taken(tensors)
+    body, needs = body_and_needs
+    taken, call = backward_tensors(spec, tensors), call_arguments(spec, seed, body)
+    return torch.ops.saccade.backward.default(*grads, *taken, *call, needs, must_repeat(spec))
+
+
+def must_repeat(spec: Spec) -> bool:
+    """Whether results must repeat bitwise. The CPU's always do."""
+    asked = spec.deterministic
+    return torch.are_deterministic_algorithms_enabled() if asked is None else asked
+
+
+def backward_tensors(spec: Spec, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The nine tensors as the backward operators take them."""
+    q, k, v, bias, *rest = taken_tensors(tensors)
     if bias is not None and any(n > 1 and s == 0 for n, s in zip(bias.shape, bias.stride(), strict=True)):
         # The operator sums over stride 0, and a bias that came expanded wants its whole gradient.
         bias = bias.contiguous()
-    body, needs = body_and_needs
-    call = call_arguments(spec, seed, body)
-    return torch.ops.saccade.backward.default(*grads, q, k, v, _expanded(spec, bias), *rest, *call, needs)
+    return q, k, v, expanded_bias(spec, bias), *rest
 
 
 def weights(
     spec: Spec, lse: Tensor, tensors: tuple[Tensor | None, ...], seed: Tensor | None, average: bool
 ) -> Tensor:
     """`saccade::weights`."""
-    q, k, _, bias, rel_bias, weight, _, extra_k, _ = _taken(tensors)
+    q, k, _, bias, rel_bias, weight, _, extra_k, _ = taken_tensors(tensors)
     call = call_arguments(spec, seed, TILED)[:-1]
     return torch.ops.saccade.weights.default(
-        lse, q, k, _expanded(spec, bias), rel_bias, weight, extra_k, *call, average
+        lse, q, k, expanded_bias(spec, bias), rel_bias, weight, extra_k, *call, average
     )
 
 
-def _taken(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def gather_forward(
+    spec: Spec,
+    tensors: tuple[Tensor | None, ...],
+    edge_terms: tuple[Tensor | None, ...],
+    seed: Tensor | None,
+    order: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`saccade::gather_forward`; `edge_terms` is edge_bias, q W and e."""
+    call = call_arguments(spec, seed, GATHER)
+    return torch.ops.saccade.gather_forward.default(*tensors, *call, *_edges(spec, edge_terms), order)
+
+
+def gather_backward(
+    spec: Spec,
+    heads: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor | None, ...],
+    edge_terms: tuple[Tensor | None, ...],
+    seed: Tensor | None,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    """`saccade::gather_backward`; `heads` is dout, dlse, that of sum p e, out, lse, sum p e."""
+    assert spec.args.graph is not None
+    call = call_arguments(spec, seed, GATHER)
+    columns = spec.args.graph.columns()
+    return torch.ops.saccade.gather_backward.default(
+        *heads, *tensors, *call, *_edges(spec, edge_terms), *columns, needs
+    )
+
+
+def _edges(spec: Spec, edge_terms: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    graph = spec.args.graph
+    assert graph is not None
+    return graph.indptr, graph.indices, graph.edge_ids, *edge_terms, graph.num_edges
+
+
+def taken_tensors(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The nine tensors of these operators. q, k, v and the bias may have any strides; the kernels index the
     small terms as plain arrays."""
     if all(x is None for x in tensors[4:9]):
@@ -162,5 +260,5 @@ def _taken(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return (*tensors[:4], *(None if x is None else x.contiguous() for x in tensors[4:9]))
 
 
-def _expanded(spec: Spec, bias: Tensor | None) -> Tensor | None:
+def expanded_bias(spec: Spec, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.expand(spec.batch, spec.heads, spec.seqlen_q, spec.seqlen_k)

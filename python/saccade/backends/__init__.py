@@ -10,17 +10,18 @@ from types import ModuleType
 from torch import Tensor
 
 from ..problem import Problem
-from . import cpu, reference
+from . import cpu, cuda, reference, triton
 
-NAMES = ("cuda", "triton", "cpu", "reference")
-_MODULES: dict[str, ModuleType] = {m.NAME: m for m in (cpu, reference)}
+_MODULES: dict[str, ModuleType] = {m.NAME: m for m in (cuda, triton, cpu, reference)}
+NAMES = tuple(_MODULES)
 _REFERENCE_KEYS = 4096
 _warned = False
 
 
 def available() -> list[str]:
     """The names of the backends this machine has, best first."""
-    return [name for name in NAMES if name in _MODULES and not getattr(_MODULES[name], "missing", list)()]
+    found = [name for name in NAMES if not getattr(_MODULES[name], "missing", list)()]
+    return sorted(found, key=lambda name: name == triton.NAME and triton.is_interpreted())
 
 
 def named(name: object) -> ModuleType:
@@ -29,15 +30,12 @@ def named(name: object) -> ModuleType:
         raise TypeError(f"backend: expected a name, got {type(name).__name__}")
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {list(NAMES)}, got {name!r}")
-    if name not in _MODULES:
-        raise NotImplementedError(f"backend {name!r}: not installed here; this machine has {available()}")
     return _MODULES[name]
 
 
 def reasons(problem: Problem) -> dict[str, list[str]]:
     """Why not, for every backend; an empty list where it can."""
-    absent = ["not installed here"]
-    return {n: _MODULES[n].unsupported(problem) if n in _MODULES else absent for n in NAMES}
+    return {name: module.unsupported(problem) for name, module in _MODULES.items()}
 
 
 def choose(problem: Problem, name: str | None = None) -> ModuleType:
@@ -48,11 +46,15 @@ def choose(problem: Problem, name: str | None = None) -> ModuleType:
             raise NotImplementedError(_refusal(name, problem))
         return module
     for module in _MODULES.values():
-        if not module.unsupported(problem):
+        if _serves_unasked(module, problem) and not module.unsupported(problem):
             if module is reference:
                 _warn_of_size(problem)
             return module
     raise NotImplementedError(_refusal(None, problem))
+
+
+def _serves_unasked(module: ModuleType, problem: Problem) -> bool:
+    return not hasattr(module, "serves_unasked") or module.serves_unasked(problem)
 
 
 def _refusal(name: str | None, problem: Problem) -> str:

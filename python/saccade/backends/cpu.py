@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..autograd import attend
-from ..problem import DOT, Problem
+from ..autograd import attend, attend_and_weigh
+from ..bodies import is_decode, is_gather, needs_gather, needs_tiles
+from ..problem import Problem
 
 NAME = "cpu"
 _DECODE_ROWS = 8
@@ -28,7 +29,7 @@ def unsupported(problem: Problem) -> list[str]:
         found.append(f"device {problem.q.device}, not cpu")
     if problem.position is not None:
         found.append(f"position {type(problem.position).__name__} is not in its kernels")
-    if _needs_gather(problem) and _needs_tiles(problem):
+    if needs_gather(problem) and needs_tiles(problem):
         found.append("edge terms and repeated edges do not go with bias, position or an extra key")
     layout = spec.layout
     if layout.seqused_k is not None and any(t is not None and t.requires_grad for t in problem.tensors):
@@ -36,63 +37,11 @@ def unsupported(problem: Problem) -> list[str]:
     return found
 
 
-def _needs_gather(problem: Problem) -> bool:
-    """Terms of single edges, and repeated edges, are beyond the tiles' bits."""
-    graph = problem.spec.args.graph
-    return graph is not None and (graph.has_repeats or problem.has_edge_terms)
-
-
-def _needs_tiles(problem: Problem) -> bool:
-    """What the gather kernel lacks."""
-    spec = problem.spec
-    terms = (problem.bias, problem.rel_bias, problem.extra_k)
-    return spec.args.graph is not None and any(t is not None for t in terms)
-
-
-def is_gather(problem: Problem) -> bool:
-    """Edges one by one, or 64 x 64 tiles with a bit per pair? Measured rule: tiles win where they are full
-    enough.
-    """
-    graph = problem.spec.args.graph
-    if graph is None or _needs_tiles(problem):
-        return False
-    return _needs_gather(problem) or graph.indices.numel() < _TILE_EDGES * graph.num_tiles
-
-
-def is_decode(problem: Problem) -> bool:
-    """Few queries over many keys are split over the keys. Measured rule: at most 8 query rows for each key
-    head, at least 256 keys, the dot score, nothing that is counted per pair (dropout, a graph) and no
-    gradient to a bias.
-    """
-    spec = problem.spec
-    if spec.layout.seqused_k is not None:
-        return True
-    return (
-        _known(spec.seqlen_q * spec.heads <= _DECODE_ROWS * spec.heads_k)
-        and _known(spec.seqlen_k >= _DECODE_KEYS)
-        and spec.score == DOT
-        and not spec.dropout_p
-        and spec.args.graph is None
-        and problem.extra_k is None
-        and problem.rel_bias is None
-        and not spec.layout.is_varlen
-    )
-
-
-def _known(condition: bool) -> bool:
-    """A traced graph must not depend on lengths that it leaves open."""
-    if not torch.compiler.is_compiling():
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
-
-    return statically_known_true(condition)
-
-
 def body(problem: Problem) -> int:
     """Which body runs the problem."""
-    if is_gather(problem):
+    if is_gather(problem, _TILE_EDGES):
         return ops.GATHER
-    return ops.DECODE if is_decode(problem) else ops.TILED
+    return ops.DECODE if is_decode(problem, _DECODE_ROWS, _DECODE_KEYS) else ops.TILED
 
 
 def kernel(problem: Problem) -> str:
@@ -100,9 +49,18 @@ def kernel(problem: Problem) -> str:
     return ("tiled", "decode", "gather")[body(problem)]
 
 
+def run_with_weights(problem: Problem, average: bool) -> tuple[Tensor, Tensor]:
+    """(out, weights) of a checked, dense problem."""
+    return attend_and_weigh(problem, _ready_body(problem), average)
+
+
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem."""
+    return attend(problem, _ready_body(problem))
+
+
+def _ready_body(problem: Problem) -> int:
     chosen, graph = body(problem), problem.spec.args.graph
     if chosen == ops.GATHER and graph is not None and torch.is_grad_enabled():
         graph.columns()  # for the backward pass; built inside the Function, torch.compile would refuse it
-    return attend(problem, chosen)
+    return chosen

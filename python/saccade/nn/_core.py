@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import run
 from ..functional import attend_with_weights, attention_varlen
 from ..problem import Layout, Problem
+from .positions import SinusoidalXL
 
 BATCH_FIRST = Layout(out_order=(0, 2, 1, 3))  # [B, H, S, D] in memory as [B, S, H, D]
 SEQ_FIRST = Layout(out_order=(2, 0, 1, 3))  # ... as [S, B, H, D]
@@ -30,7 +31,12 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """(out [B, H, L, Dv], weights or None) of q [B, H, L, D], k and v [B, Hk, S, D], any strides."""
     q, k, v = qkv
-    problem = Problem.of(q, k, v, layout=layout, dropout_p=options.dropout_p, **options.terms, **masks)
+    terms, position = options.terms, options.terms.get("position")
+    if isinstance(position, SinusoidalXL) and "score" not in terms and q.element_size() > 2:
+        # As a longer dot product it runs in every kernel. Half precision would round the angles' features.
+        terms = {n: x for n, x in terms.items() if n != "position"} | {"scale": q.shape[-1] ** -0.5}
+        q, k = position.expand(q, k)
+    problem = Problem.of(q, k, v, layout=layout, dropout_p=options.dropout_p, **terms, **masks)
     if options.need_weights:
         return attend_with_weights(problem, options.average)
     return run(problem)[0], None

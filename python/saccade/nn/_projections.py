@@ -33,6 +33,26 @@ def project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
     return (module.q_norm(q), module.k_norm(k), v) if module.qk_norm else (q, k, v)
 
 
+def project_query(module: Any, query: Tensor) -> Tensor:
+    """q [..., H, D] alone."""
+    size = module.num_heads * module.head_dim
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    weight = module.q_proj_weight if weight is None else weight[:size]
+    q = F.linear(query, weight, None if bias is None else bias[:size]).unflatten(-1, (-1, module.head_dim))
+    return module.q_norm(q) if module.qk_norm else q
+
+
+def project_memory(module: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v [..., Hk, D] of one tensor."""
+    first, dim = module.num_heads * module.head_dim, module.head_dim
+    heads_k = module.num_kv_heads or module.num_heads
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    bias = None if bias is None else bias[first:]
+    weight = torch.cat([module.k_proj_weight, module.v_proj_weight]) if weight is None else weight[first:]
+    k, v = _heads(F.linear(memory, weight, bias), dim, [heads_k, heads_k])
+    return (module.k_norm(k), v) if module.qk_norm else (k, v)
+
+
 def _heads(joint: Tensor, dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
     # Cut before heads and sequence change places: the gradients are joined where they lie.
     return torch.split_with_sizes(joint.view(*joint.shape[:-1], sum(sizes), dim), sizes, -2)

@@ -151,6 +151,22 @@ class TransformerEncoder(nn.TransformerEncoder):
         return "packed=True" if self.packed else ""
 
 
+def layer_outputs(encoder: nn.TransformerEncoder, src: Tensor, **masks: Any) -> list[Tensor]:
+    """What `encoder(src, **masks)` computes, and before it what each of its layers puts out, the first first:
+    memories for a decoder that reads several encoder layers (2005.08081). `encoder.norm` is in the last one.
+    """
+    found: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: found.append(out)) for layer in encoder.layers
+    ]
+    try:
+        last = encoder(src, **masks)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*found[:-1], last]
+
+
 def _has_gap(keep: Tensor) -> Tensor:
     """Whether the True of any row [N, S] come in more than one run."""
     starts = keep.clone()
@@ -159,7 +175,11 @@ def _has_gap(keep: Tensor) -> Tensor:
 
 
 class TransformerDecoder(nn.TransformerDecoder):
-    """`torch.nn.TransformerDecoder`; `windows` is as in the encoder, for self-attention."""
+    """`torch.nn.TransformerDecoder`; `windows` is as in the encoder, for self-attention.
+
+    `forward` takes one memory, or a sequence of one per layer (attention to any encoder layers: 2005.08081).
+    To decode step by step, see `DecoderState`.
+    """
 
     def __init__(
         self,
@@ -176,7 +196,7 @@ class TransformerDecoder(nn.TransformerDecoder):
     def forward(
         self,
         tgt: Tensor,
-        memory: Tensor,
+        memory: Tensor | Sequence[Tensor],
         tgt_mask: AnyMask = None,
         memory_mask: AnyMask = None,
         tgt_key_padding_mask: Tensor | None = None,
@@ -187,11 +207,16 @@ class TransformerDecoder(nn.TransformerDecoder):
         """torch's forward; shapes as in the layer. `tgt_mask` and `memory_mask` may be a saccade.Mask too."""
         first_layer: Any = self.layers[0]
         causal = _detect(tgt_mask, tgt_is_causal, tgt, first_layer.self_attn.batch_first)
+        memories = [memory] * len(self.layers) if isinstance(memory, Tensor) else list(memory)
+        if len(memories) != len(self.layers):
+            raise ValueError(
+                f"memory: expected one for each of {len(self.layers)} layers, got {len(memories)}"
+            )
         x = tgt
-        for layer in self.layers:
+        for layer, seen in zip(self.layers, memories, strict=True):
             x = layer(
                 x,
-                memory,
+                seen,
                 tgt_mask=tgt_mask,
                 memory_mask=memory_mask,
                 tgt_key_padding_mask=tgt_key_padding_mask,

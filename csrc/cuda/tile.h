@@ -1,0 +1,206 @@
+// What the tiled kernels of every architecture share: the work of a block, which keys it meets, how a product
+// becomes a logit, what dropout keeps. Derivations: docs/numerics.md.
+#pragma once
+#include "../params.h"
+#include "../philox.h"
+#include "device.h"
+
+namespace saccade {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+// Below this, lse in double could no longer hold ln of a sum of logits (csrc/cpu/tile.h).
+constexpr float kLargestLogit = 1e11f;
+
+// The numbers of a call in the form and precision in which kernels use them.
+struct Terms {
+  bool bare;                      // the logit is the product itself, up to a positive factor
+  float factor, unit;             // of a tile's number x: exp(logit) = 2^(x factor), logit = x unit
+  float scale, per_cap, softcap;  // scale / softcap
+  bool dropout;
+  uint32_t threshold;  // dropout keeps 16-bit numbers from here on
+  float keep_scale;    // 1 / (1 - dropout_p)
+  bool sink;           // one more term in the sum, a number per head or 0
+};
+
+inline Terms terms_of(const Params& p) {
+  Terms t{};
+  t.bare = p.softcap == 0 && !p.bias && !p.rel_bias && p.scale > 0;
+  t.unit = t.bare ? float(p.scale) : 1.0f;
+  t.factor = float(double(t.unit) / kLn2);
+  t.scale = float(p.scale);
+  t.softcap = float(p.softcap);
+  t.per_cap = p.softcap != 0 ? float(p.scale / p.softcap) : 0.0f;
+  t.dropout = p.dropout_p > 0;
+  t.threshold = dropout_threshold(p.dropout_p);
+  t.keep_scale = float(1 / (1 - p.dropout_p));
+  t.sink = p.sink || p.activation == Activation::kSoftmax1;
+  return t;
+}
+
+// Whether rows of 16-bit numbers can be moved 16 bytes at a time.
+inline bool rows_aligned(const Rows& x) {
+  return x.col == 1 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % 8 == 0 && x.head % 8 == 0 &&
+         x.row % 8 == 0;
+}
+
+struct TiledArgs {
+  Params p;
+  Terms terms;
+  const int64_t* seed;                                // on the device; null: p.seed
+  int blocks;                                         // of the longest sequence
+  bool aligned_q, aligned_k, aligned_v, aligned_out;  // rows move 16 bytes at a time
+};
+
+SACCADE_DEVICE int least(int a, int b) { return a < b ? a : b; }
+SACCADE_DEVICE int most(int a, int b) { return a > b ? a : b; }
+SACCADE_DEVICE int64_t least64(int64_t a, int64_t b) { return a < b ? a : b; }
+SACCADE_DEVICE int64_t most64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- the work of a block ----
+
+// One head of one sequence.
+struct Head {
+  int b, h, hk;
+  int seqlen_q, seqlen_k;
+  int64_t q_begin, k_begin;  // rows in front of it in a packed tensor
+};
+
+SACCADE_DEVICE Head head_of(const Params& p, int b, int h) {
+  Head x{b, h, h / int(p.heads / p.heads_k), int(p.seqlen_q), int(p.seqlen_k), 0, 0};
+  if (p.cu_seqlens_q) {
+    x.q_begin = load_global(p.cu_seqlens_q + b);
+    x.seqlen_q = int(load_global(p.cu_seqlens_q + b + 1) - x.q_begin);
+  }
+  if (p.cu_seqlens_k) {
+    x.k_begin = load_global(p.cu_seqlens_k + b);
+    x.seqlen_k = int(load_global(p.cu_seqlens_k + b + 1) - x.k_begin);
+  }
+  return x;
+}
+
+// Where row 0 of the sequence lies.
+template <typename T>
+SACCADE_DEVICE T* rows_at(const Rows& x, int b, int h, int64_t begin) {
+  return static_cast<T*>(x.data) + b * x.batch + h * x.head + begin * x.row;
+}
+SACCADE_DEVICE int64_t lse_at(const Params& p, const Head& x) {
+  return x.b * p.lse_batch + x.h * p.lse_head + x.q_begin;
+}
+
+// ---- the interval part of the mask: row i keeps keys [max(0, i + low), min(keys, i + high)) ----
+
+struct Band {
+  int low, high, keys;
+};
+SACCADE_DEVICE Band band_of(const MaskParams& m, const Head& x) {
+  constexpr int64_t kFar = 1 << 30;  // lengths stay below it, so that sums fit 32 bits
+  int64_t band[4];
+  for (int i = 0; i < 4; ++i) band[i] = m.head_bounds ? load_global(m.head_bounds + 4 * x.h + i) : m.band[i];
+  const int64_t shift = x.seqlen_k - x.seqlen_q;
+  const int64_t low = most64(shift - band[0], -band[2]), high = least64(shift + band[1], band[3]) + 1;
+  const int64_t keys = m.lengths ? least64(x.seqlen_k, load_global(m.lengths + x.b)) : x.seqlen_k;
+  return {int(most64(-kFar, least64(low, kFar))), int(most64(-kFar, least64(high, kFar))),
+          int(most64(keys, 0))};
+}
+SACCADE_DEVICE int first_key(const Band& band, int i) { return most(0, i + band.low); }
+SACCADE_DEVICE int end_key(const Band& band, int i) { return least(band.keys, i + band.high); }
+
+// Tiles [first, last) hold every key that rows [i0, i1) keep; every row keeps all of [full_first, full_last).
+struct TileRange {
+  int begin, end;  // keys
+  int first, full_first, full_last, last;
+};
+template <int kBlockN>
+SACCADE_DEVICE TileRange tiles_of(const Band& band, int i0, int i1) {
+  TileRange r;
+  r.begin = first_key(band, i0);
+  r.end = end_key(band, i1 - 1);
+  if (i0 >= i1 || r.begin >= r.end) return {0, 0, 0, 0, 0, 0};
+  r.first = r.begin / kBlockN;
+  r.last = (r.end + kBlockN - 1) / kBlockN;
+  r.full_first = least(r.last, (first_key(band, i1 - 1) + kBlockN - 1) / kBlockN);
+  r.full_last = most(r.full_first, most(0, end_key(band, i0)) / kBlockN);
+  return r;
+}
+// The same seen from keys [j0, j1): the rows that keep some of them, and those that keep all.
+template <int kBlockM>
+SACCADE_DEVICE TileRange query_tiles_of(const Band& band, int j0, int j1, int seqlen_q) {
+  const int end = least(j1, band.keys);
+  TileRange r;
+  r.begin = most(0, j0 - band.high + 1);
+  r.end = least(seqlen_q, end - band.low);
+  if (j0 >= end || r.begin >= r.end) return {0, 0, 0, 0, 0, 0};
+  r.first = r.begin / kBlockM;
+  r.last = (r.end + kBlockM - 1) / kBlockM;
+  const int all_begin =
+      j1 <= band.keys ? most(0, j1 - band.high) : r.end;  // a key of padding is kept by no row
+  const int all_end = least(seqlen_q, j0 - band.low + 1);
+  r.full_first = least(r.last, (all_begin + kBlockM - 1) / kBlockM);
+  r.full_last = most(r.full_first, most(0, all_end) / kBlockM);
+  return r;
+}
+
+// ---- the rest of the mask, logits and dropout, pair by pair ----
+
+SACCADE_DEVICE bool irregular(const MaskParams& m) { return m.keep || m.q_ids; }
+SACCADE_DEVICE bool keeps_pair(const MaskParams& m, int b, int i, int j) {
+  if (m.keep && !load_global(m.keep + b * m.keep_batch + j)) return false;
+  if (m.q_ids && load_global(m.q_ids + b * m.q_ids_batch + i) != load_global(m.k_ids + b * m.k_ids_batch + j))
+    return false;
+  return true;
+}
+
+SACCADE_DEVICE float tanh_of(float x) {
+  return 1 - 2 * reciprocal_approx(1 + exp2_approx(2 * kLog2E * x));  // exact at both infinities
+}
+
+SACCADE_DEVICE float load_float(const void* p, DType type, int64_t at) {
+  if (type == DType::kFloat32) return load_global(static_cast<const float*>(p) + at);
+  const uint16_t bits = load_global(static_cast<const uint16_t*>(p) + at);
+  return type == DType::kBFloat16 ? bits_to_float<bf16>(bits) : bits_to_float<fp16>(bits);
+}
+
+// The logit of a pair in natural units, before the mask; `slope` receives its derivative by the bare product.
+SACCADE_DEVICE float logit_of(const Params& p, const Terms& t, const Head& x, float product, int i, int j,
+                              float& slope) {
+  float logit = t.scale * product;
+  slope = t.scale;
+  if (t.softcap != 0) {
+    const float c = tanh_of(t.per_cap * product);
+    logit = t.softcap * c;
+    slope = t.scale * (1 - c * c);
+  }
+  if (p.bias) {
+    const float bias = load_float(
+        p.bias, p.bias_dtype,
+        x.b * p.bias_stride[0] + x.h * p.bias_stride[1] + i * p.bias_stride[2] + j * p.bias_stride[3]);
+    logit = bias == -kInfinity ? bias : fmaxf(logit + bias, -kLargestLogit);
+  }
+  if (p.rel_bias)
+    logit += load_global(static_cast<const float*>(p.rel_bias) + x.h * p.rel_size + p.rel_center + j -
+                         (i + x.seqlen_k - x.seqlen_q));
+  return logit;
+}
+
+SACCADE_DEVICE float sink_of(const Params& p, int h) {
+  return p.sink ? load_global(static_cast<const float*>(p.sink) + h) : 0.0f;
+}
+
+// Whether dropout keeps pairs (i, j) and (i, j + 1), for an even j: the low and high half of one word.
+SACCADE_DEVICE uint32_t dropout_word(uint64_t seed, const Head& x, int i, int j) {
+  uint32_t c[4] = {uint32_t(j >> 3), uint32_t(i), uint32_t(x.h), uint32_t(x.b)};
+  philox(seed, c);
+  const int word = (j & 7) >> 1;
+  return word == 0 ? c[0] : word == 1 ? c[1] : word == 2 ? c[2] : c[3];
+}
+SACCADE_DEVICE bool keeps_half(uint32_t word, int half, uint32_t threshold) {
+  return (word >> (16 * half) & 0xFFFF) >= threshold;
+}
+template <typename Args>
+SACCADE_DEVICE uint64_t seed_of(const Args& args) {
+  return args.seed ? uint64_t(load_global(args.seed)) : args.p.seed;
+}
+
+}  // namespace saccade

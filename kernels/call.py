@@ -1,0 +1,190 @@
+"""One attention call as the kernels take it: the operators' arguments, and what every launch is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+from .config import Config
+from .mask import UNBOUNDED, Mask
+from .tile import Rows, Static, Terms, Vector
+
+_RELU, _SIGMOID = 1, 2
+_TILE = 64  # rows and columns of a graph's tile
+_LONGEST = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of the operators from q to body, in their order."""
+
+    q: Tensor  # [B, H, Sq, D], packed [total, H, D]
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None  # expanded to [B, H, Sq, Sk]
+    rel_bias: Tensor | None
+    weight: Tensor | None
+    sink: Tensor | None
+    extra_k: Tensor | None  # [H, D]
+    extra_v: Tensor | None
+    seed: Tensor | None
+    head_bounds: Tensor | None
+    lengths: Tensor | None
+    keep: Tensor | None
+    q_ids: Tensor | None
+    k_ids: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    seqused_k: Tensor | None
+    page_table: Tensor | None
+    beam: Tensor | None
+    tiles: list[
+        Tensor
+    ]  # of a graph: bits, then pointers, ends of the whole tiles, columns, numbers by row; by column
+    band: list[int]
+    chunks: list[int]
+    max_q: int
+    max_k: int
+    score: int
+    activation: int
+    scale: float
+    softcap: float
+    slope: float
+    dropout_p: float
+    body: int
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0] if self.cu_q is None else self.cu_q.shape[0] - 1
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.max_q if self.cu_q is not None else self.q.shape[2]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.max_k or self.k.shape[2]
+
+    @property
+    def has_lse(self) -> bool:
+        return self.activation not in (_RELU, _SIGMOID)
+
+    def rows(self, x: Tensor) -> Rows:
+        """A tensor of rows of q's layout."""
+        if x.dim() == 3:
+            return Rows(x, 0, x.stride(1), x.stride(0), x.stride(2))
+        return Rows(x, *x.stride())
+
+    def vector(self, x: Tensor) -> Vector:
+        """A contiguous tensor of one number per row."""
+        if x.dim() == 1:  # there is none
+            return Vector(x, 0, 0)
+        return Vector(x, 0, x.shape[1]) if x.dim() == 2 else Vector(x, x.stride(0), x.stride(1))
+
+    def config(self, name: str) -> Config:
+        """The tile shape of a pass; a graph's tiles are given."""
+        dim = max(self.q.shape[-1], self.v.shape[-1])
+        found = config.pick(name, architecture(self.q.device), self.q.element_size(), dim)
+        if not self.tiles:
+            return found
+        return Config(_TILE, _TILE, min(found.block_d, 64), found.num_warps, 1, found.measured)
+
+    def static(self) -> Static:
+        q, keeps = self.q, self.keep is not None or self.q_ids is not None
+        bare = not (self.score or self.softcap or self.bias is not None or self.rel_bias is not None)
+        wide = q.dtype == torch.float64
+        loose = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        bounded = self.head_bounds is not None or bool(self.chunks)
+        return Static(
+            score=self.score,
+            activation=self.activation,
+            heads=self.heads,
+            group=self.heads // max(self.k.shape[1], 1),
+            dim=q.shape[-1],
+            dim_v=self.v.shape[-1],
+            bare=bare and self.scale > 0 and self.activation != _RELU,
+            exact=q.element_size() > 2 or self.bias is not None,
+            wide=wide,
+            precision="tf32" if loose else "ieee",
+            softcap=self.softcap != 0,
+            dropout=self.dropout_p > 0,
+            bounded_left=bounded or min(self.band[0], self.band[2]) < UNBOUNDED,
+            irregular=keeps,
+            graph=bool(self.tiles),
+            gaps=keeps or bool(self.tiles) or bool(self.chunks) or self.bias is not None,
+            far=self._is_far(),
+        )
+
+    def _is_far(self) -> bool:
+        """Do the offsets inside a tile of any of the tensors pass 31 bits?"""
+        tallest = 256
+        spans = (tallest * abs(x.stride(-2 if x.dim() == 4 else 0)) + x.shape[-1] * abs(x.stride(-1))
+                 for x in (self.q, self.k, self.v))  # fmt: skip
+        return max(spans) >= 1 << 31
+
+    def terms(self) -> Terms:
+        rest = 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1 else 0.0
+        numbers = tuple(struct.unpack("q", struct.pack("d", x))[0]
+                        for x in (self.scale, self.softcap, self.slope, rest))  # fmt: skip
+        bias = (None, 0, 0, 0, 0) if self.bias is None else (self.bias, *self.bias.stride())
+        extra = (
+            None if x is None else Rows(x, 0, x.shape[1], x.shape[1], 1) for x in (self.extra_k, self.extra_v)
+        )
+        threshold = int(self.dropout_p * 65536.0 + 0.5)
+        return Terms(*bias, self.rel_bias, self.weight, self.sink, *extra, self.seed, numbers, threshold)
+
+    def mask(self) -> Mask:
+        bounds = self.head_bounds
+        return Mask(
+            None if bounds is None else bounds.clamp(-UNBOUNDED, UNBOUNDED).int(),
+            tuple(self.chunks),
+            self.lengths,
+            self.keep,
+            0 if self.keep is None else self.keep.stride(0),
+            self.q_ids,
+            0 if self.q_ids is None else self.q_ids.stride(0),
+            self.k_ids,
+            0 if self.k_ids is None else self.k_ids.stride(0),
+            self.tiles[0] if self.tiles else None,
+        )
+
+    def tile_lists(self, by_column: bool) -> tuple[Tensor, ...]:
+        return tuple(self.tiles[5:9] if by_column else self.tiles[1:5])
+
+    def lengths_and_band(self, blocks: int) -> tuple[int, ...]:
+        """The run-time numbers that close every launch: no length or bound is compiled in."""
+        if max(self.seqlen_q, self.seqlen_k) >= _LONGEST:
+            raise ValueError(f"q, k: the triton kernels serve up to {_LONGEST - 1} rows of a sequence")
+        band = (max(-UNBOUNDED, min(UNBOUNDED, x)) for x in self.band)
+        return (self.seqlen_q, self.seqlen_k, blocks, *band, self.seqlen_q + self.seqlen_k - 1)
+
+
+def architecture(device: torch.device) -> str:
+    """The column of the tables for a device; the interpreter takes that of the oldest."""
+    if device.type != "cuda":
+        return "sm80"
+    return config.architecture(torch.cuda.get_device_capability(device))
+
+
+def on_device(x: Tensor) -> Any:
+    """Launches go to the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def blocks_of(shape: Config, dim: int) -> int:
+    """The columns held at once of heads of `dim`: a power of two that a matrix instruction takes."""
+    return max(16, min(shape.block_d, config.width(dim)))

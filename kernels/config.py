@@ -1,0 +1,106 @@
+"""Tile shapes as data: one row for each pass, architecture, size of element and head_dim. Nothing is tuned in
+a user's call; `saccade.kernels.tune` measures the rows again on the GPU at hand and keeps them in a file.
+
+`measured` says where a row was measured. Rows that no GPU has timed yet were chosen by what the compiler
+makes of them: registers, spills and shared memory (tests/test_triton_compiles.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+UNMEASURED = "not yet measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Queries and keys of a tile, columns of q, k and v held at once, warps, stages of the pipeline."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    measured: str = UNMEASURED
+
+
+# Shared memory of a block decides what fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
+ARCHITECTURES = ("sm80", "sm86", "sm90")
+SHARED_BYTES = {"sm80": 166_912, "sm86": 101_376, "sm90": 232_448}
+PASSES = ("forward", "backward_q", "backward_kv", "weights", "bias")
+ITEM = 256  # edges of a graph's row that one program takes
+DIMS = (16, 32, 64, 128, 256)  # wider heads are split into blocks of the widest
+
+Key = tuple[str, str, int, int]  # pass, architecture, bytes of an element, head_dim
+Shape = tuple[int, int, int, int, int]
+
+_AMPERE: dict[str, dict[int, Shape]] = {
+    "forward": {16: (128, 64, 16, 4, 3), 32: (128, 64, 32, 4, 3), 64: (128, 64, 64, 8, 3),
+                128: (64, 64, 128, 4, 2), 256: (64, 32, 256, 8, 2)},
+    "backward_q": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 64, 64, 4, 2),
+                   128: (64, 64, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
+    "backward_kv": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 32, 64, 4, 2),
+                    128: (64, 64, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
+}  # fmt: skip
+_HOPPER: dict[str, dict[int, Shape]] = {
+    "forward": {16: (128, 64, 16, 4, 3), 32: (128, 64, 32, 4, 3), 64: (128, 128, 64, 8, 3),
+                128: (128, 64, 128, 8, 3), 256: (128, 32, 256, 8, 2)},
+    "backward_q": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (128, 64, 64, 8, 2),
+                   128: (128, 64, 128, 8, 3), 256: (32, 32, 256, 8, 1)},
+    "backward_kv": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 128, 64, 8, 2),
+                    128: (64, 128, 128, 8, 2), 256: (32, 32, 256, 8, 2)},
+}  # fmt: skip
+
+
+def _table() -> dict[Key, Config]:
+    table: dict[Key, Config] = {}
+    for arch, shapes in (("sm80", _AMPERE), ("sm86", _AMPERE), ("sm90", _HOPPER)):
+        for name, row in shapes.items():
+            for dim, shape in row.items():
+                table[name, arch, 2, dim] = Config(*shape)
+        for dim in DIMS:
+            # Exact fp32 and fp64 products keep more numbers in registers: small tiles, and wide heads in
+            # blocks.
+            for name in shapes:
+                table[name, arch, 4, dim] = Config(32, 32, min(dim, 32), 8, 1)
+                table[name, arch, 8, dim] = Config(16, 16, 16 if dim <= 32 else 32, 4, 1)
+            for name in ("weights", "bias"):
+                for size, block in ((2, 64), (4, 32), (8, 16)):
+                    table[name, arch, size, dim] = Config(block, block, min(dim, block), 4, 1)
+    return table
+
+
+TABLE = _table()
+_override: list[dict[str, Config]] = []
+
+
+@contextlib.contextmanager
+def override(configs: dict[str, Config]) -> Iterator[None]:
+    """Inside, these passes take these tiles: for tests, and for measuring."""
+    _override.append(configs)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def width(dim: int) -> int:
+    """The least table width that holds `dim` columns, or the widest."""
+    return next((w for w in DIMS if dim <= w), DIMS[-1])
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The table's column for a compute capability: the one with no more shared memory than it has."""
+    major, minor = capability
+    if (major, minor) == (8, 0):
+        return "sm80"
+    return "sm90" if major in (9, 10) else "sm86"
+
+
+def pick(name: str, arch: str, size: int, dim: int) -> Config:
+    """The tile shape of a pass for elements of `size` bytes and heads of `dim` columns."""
+    if _override and name in _override[-1]:
+        return _override[-1][name]
+    return TABLE[name, arch, size, width(dim)]

@@ -1,0 +1,99 @@
+"""The Triton kernels, through the operators `torch.ops.saccade.triton_*`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops, ops_triton
+from ..autograd import attend, attention_weights
+from ..bodies import is_decode, is_gather, needs_gather, needs_tiles
+from ..problem import Problem
+
+NAME = "triton"
+_OLDEST = (8, 0)
+# Measured on a CPU, not yet on a GPU.
+_TILE_EDGES = 640  # of 4096 pairs
+_DECODE_ROWS = 8
+_DECODE_KEYS = 256
+
+
+def missing() -> list[str]:
+    """Why this machine cannot run the backend at all."""
+    if not ops_triton.FOUND:
+        return ["triton is not installed (pip install triton)"]
+    if ops_triton.INTERPRETED:
+        return []
+    if not torch.cuda.is_available():
+        return ["no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests)"]
+    return []
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Reasons against this problem; none in the plain case."""
+    found = missing()
+    device = problem.q.device
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            name = torch.cuda.get_device_name(device)
+            found.append(
+                f"{name} is sm_{capability[0]}{capability[1]}; the kernels need sm_80 or later (Ampere)"
+            )
+    elif device.type != "cpu" or not ops_triton.INTERPRETED:
+        found.append(f"device {device}, not cuda")
+    return found + _beyond(problem)
+
+
+def _beyond(problem: Problem) -> list[str]:
+    found = []
+    if problem.position is not None:
+        found.append(f"position {type(problem.position).__name__} is not in its kernels")
+    if needs_gather(problem) and needs_tiles(problem):
+        found.append("edge terms and repeated edges do not go with bias, position or an extra key")
+    cached = problem.spec.layout.seqused_k is not None
+    if cached and any(t is not None and t.requires_grad for t in problem.tensors):
+        found.append("gradients through a key cache")
+    return found
+
+
+def is_interpreted() -> bool:
+    """Do the kernels run in Triton's interpreter, for tests, and on no GPU?"""
+    return ops_triton.INTERPRETED
+
+
+def serves_unasked(problem: Problem) -> bool:
+    """On CPU tensors the interpreter serves who names it, and nobody else."""
+    return problem.q.device.type == "cuda"
+
+
+def body(problem: Problem) -> int:
+    """Which body runs the problem."""
+    if is_gather(problem, _TILE_EDGES):
+        return ops.GATHER
+    return ops.DECODE if is_decode(problem, _DECODE_ROWS, _DECODE_KEYS) else ops.TILED
+
+
+def kernel(problem: Problem) -> str:
+    """The name of the body that would run."""
+    return ("tiled", "decode", "gather")[body(problem)]
+
+
+def run_with_weights(problem: Problem, average: bool) -> tuple[Tensor, Tensor]:
+    """(out, weights) of a checked, dense problem."""
+    out, lse = run(problem)
+    return out, attention_weights(problem, lse, average, ops_triton)
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked problem."""
+    return attend(problem, _ready_body(problem), ops_triton)
+
+
+def _ready_body(problem: Problem) -> int:
+    """The body, the forms of a graph that it needs built: inside a Function compile would see that."""
+    chosen, graph = body(problem), problem.spec.args.graph
+    if chosen == ops.GATHER and graph is not None and torch.is_grad_enabled():
+        graph.work(ops_triton.ITEM, True)
+        graph.column_ids()
+    return chosen

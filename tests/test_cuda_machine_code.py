@@ -1,0 +1,143 @@
+"""The machine code of the CUDA kernels: the instructions meant are there, nothing spills, everything fits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BUILT = ROOT / f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+SOURCES = sorted(path for path in ROOT.glob("csrc/cuda/*.cu") if path.stem not in ("refuse", "choose"))
+NEWEST = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *SOURCES])
+
+# By kernel: the instructions it is written for.
+MATRIX_80 = ("HMMA.16816.F32", "LDGSTS", "LDSM.16.M88.4", "LDSM.16.MT88.4")
+MATRIX_90 = ("HGMMA", "UTMALDG.4D", "USETMAXREG", "WARPGROUP.DEPBAR", "SYNCS.PHASECHK")
+WANTED = {
+    "forward_sm80": MATRIX_80,
+    "forward_sm90": (*MATRIX_90, "UTMASTG.4D"),
+    "backward_keys_sm80": MATRIX_80,
+    "backward_queries_sm80": MATRIX_80,
+    "backward_bias_sm80": MATRIX_80[:3],
+    "backward_sm90": (*MATRIX_90, "UBLKCP"),
+    "13backward_sm90.*Lb1": ("UBLKRED",),  # the mode that adds dQ up
+}
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    candidates = [os.environ.get("NVCC"), f"{home}/bin/nvcc", shutil.which("nvcc")]
+    return next((path for path in candidates if path and shutil.which(path)), None)
+
+
+def tool(name: str) -> str | None:
+    """cuobjdump and nvdisasm come with the CUDA toolkit, or else with Triton."""
+    try:
+        import triton.backends.nvidia as nvidia
+
+        folders = [str(Path(nvidia.__file__).parent / "bin")]
+    except ImportError:
+        folders = []
+    compiler = nvcc()
+    folders += [str(Path(compiler).parent)] if compiler else []
+    return next(
+        (found for folder in folders if (found := shutil.which(name, path=folder))), shutil.which(name)
+    )
+
+
+pytestmark = [
+    pytest.mark.skipif(nvcc() is None, reason="no nvcc"),
+    pytest.mark.skipif(
+        tool("cuobjdump") is None or tool("nvdisasm") is None, reason="no cuobjdump and nvdisasm"
+    ),
+]
+
+
+@dataclass
+class Kernel:
+    arch: str
+    name: str
+    registers: int
+    stack: int
+    local: int
+    instructions: dict[str, int] = field(default_factory=dict)
+
+    def count(self, start: str) -> int:
+        return sum(n for name, n in self.instructions.items() if name.startswith(start))
+
+
+def run(*command: str) -> str:
+    path = os.pathsep.join([str(Path(tool("nvdisasm") or "").parent), os.environ["PATH"]])
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def compiled(source: Path, folder: Path) -> Path:
+    """What the build made, or the file compiled for the architecture it is written for."""
+    made = BUILT / f"cuda_{source.stem}.o"
+    if made.exists() and made.stat().st_mtime > NEWEST:
+        return made
+    arch = "90a" if source.stem.endswith("_sm90") else "80"
+    target = folder / f"{source.stem}.o"
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Icsrc", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    run(nvcc() or "", *flags, "-c", str(source.relative_to(ROOT)), "-o", str(target))
+    return target
+
+
+def kernels_of(library: Path) -> list[Kernel]:
+    dump, found, arch = tool("cuobjdump") or "", {}, ""
+    for line in run(dump, "-res-usage", str(library)).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r" Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            found[arch, name] = Kernel(arch, name, *map(int, match.groups()))
+    for line in run(dump, "-sass", str(library)).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            kernel = found[arch, match[1]]
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
+            kernel.instructions[match[1]] = kernel.instructions.get(match[1], 0) + 1
+    return list(found.values())
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.stem)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    found = kernels_of(compiled(request.param, tmp_path_factory.mktemp("cuda")))
+    assert found, f"no kernel in {request.param.name}"
+    return found
+
+
+def test_nothing_spills(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        assert (kernel.stack, kernel.local) == (0, 0), kernel.name
+        assert not kernel.count("STL") and not kernel.count("LDL"), kernel.name
+        assert kernel.registers <= 255, kernel.name
+
+
+def test_instructions(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        for start in (
+            start for name, wanted in WANTED.items() if re.search(name, kernel.name) for start in wanted
+        ):
+            assert kernel.count(start), f"{kernel.name} for {kernel.arch} has no {start}"
+
+
+def test_products_run_asynchronously(kernels: list[Kernel]) -> None:
+    """Where ptxas finds a hazard it waits after every wgmma: then there are as many waits as products."""
+    for kernel in kernels:
+        if products := kernel.count("HGMMA"):
+            assert kernel.count("WARPGROUP.DEPBAR") * 2 < products, kernel.name

@@ -42,7 +42,11 @@ gpu:
 	$(PYTHON) $(INSTALL) $(BUILD_TOOLS)
 	SACCADE_CUDA=1 SACCADE_REQUIRE_EXT=1 $(PYTHON) $(INSTALL) --no-build-isolation -e '.[bench,test]'
 	$(PYTHON) -m pytest -q tests
+	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q tests/test_gpu.py || exit 1; done; fi
+	$(PYTHON) -m saccade.kernels.tune
 	$(PYTHON) -m saccade bench --device cuda
+	$(PYTHON) -m saccade bench --device cuda --suite graph
 
 clean:
 	rm -rf $(VENV) build dist python/saccade.egg-info

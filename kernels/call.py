@@ -136,12 +136,23 @@ class Call:
         rest = 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1 else 0.0
         numbers = tuple(struct.unpack("q", struct.pack("d", x))[0]
                         for x in (self.scale, self.softcap, self.slope, rest))  # fmt: skip
-        bias = (None, 0, 0, 0, 0) if self.bias is None else (self.bias, *self.bias.stride())
-        extra = (
+        extra = [
             None if x is None else Rows(x, 0, x.shape[1], x.shape[1], 1) for x in (self.extra_k, self.extra_v)
+        ]
+        found = Terms(
+            rel_bias=self.rel_bias,
+            weight=self.weight,
+            sink=self.sink,
+            extra_k=extra[0],
+            extra_v=extra[1],
+            seed=self.seed,
+            numbers=numbers,
+            threshold=int(self.dropout_p * 65536.0 + 0.5),
         )
-        threshold = int(self.dropout_p * 65536.0 + 0.5)
-        return Terms(*bias, self.rel_bias, self.weight, self.sink, *extra, self.seed, numbers, threshold)
+        if self.bias is None:
+            return found
+        batch, head, row, col = self.bias.stride()
+        return found._replace(bias=self.bias, bias_batch=batch, bias_head=head, bias_row=row, bias_col=col)
 
     def mask(self) -> Mask:
         bounds = self.head_bounds

@@ -8,8 +8,15 @@ makes of them: registers, spills and shared memory (tests/test_triton_compiles.p
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 UNMEASURED = "not yet measured"
 
@@ -99,8 +106,33 @@ def architecture(capability: tuple[int, int]) -> str:
     return "sm90" if major in (9, 10) else "sm86"
 
 
+def this_gpu() -> tuple[str, str]:
+    """Name and architecture of the current GPU."""
+    return torch.cuda.get_device_name(), architecture(torch.cuda.get_device_capability())
+
+
+def cache_file(gpu: str) -> Path:
+    """Where `tune` keeps the rows of a GPU."""
+    home = os.environ.get("SACCADE_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "saccade" / f"tiles-{re.sub('[^A-Za-z0-9]+', '-', gpu)}.json"
+
+
+def load(path: Path) -> None:
+    """Take the rows of a file that `tune` wrote in place of the table's."""
+    for row in json.loads(path.read_text()):
+        name, arch, size, dim = row["key"]
+        TABLE[name, arch, size, dim] = Config(**row["config"])
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tuned() -> None:
+    if torch.cuda.is_available() and cache_file(torch.cuda.get_device_name()).is_file():
+        load(cache_file(torch.cuda.get_device_name()))
+
+
 def pick(name: str, arch: str, size: int, dim: int) -> Config:
     """The tile shape of a pass for elements of `size` bytes and heads of `dim` columns."""
     if _override and name in _override[-1]:
         return _override[-1][name]
+    _load_tuned()
     return TABLE[name, arch, size, width(dim)]

@@ -217,11 +217,9 @@ def finish_row(
         mixed = mixed * number(terms, 3).to(ACC)
     if S.activation != RELU and S.activation != SIGMOID:
         if terms.sink is not None or S.activation == SOFTMAX1:
-            sink = peak * 0.0
+            sink = tl.zeros((1,), ACC)
             if terms.sink is not None:
-                sink = (tl.load(terms.sink + h).to(tl.float64) / unit).to(ACC) + tl.zeros((1,), ACC)
-            else:
-                sink = tl.zeros((1,), ACC)
+                sink += (tl.load(terms.sink + h).to(tl.float64) / unit).to(ACC)
             new = tl.maximum(peak, sink)
             decay = tl.exp2((peak - new) * factor)
             total = total * decay + tl.exp2((sink - new) * factor)

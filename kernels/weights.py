@@ -76,8 +76,8 @@ def attention_weights(
             if tile >= 0:
                 begin, end = block_intervals(i, b, h, seqlen_q, seqlen_k, band, mask)
                 s = scores(
-                    q_tile, q, q_base, i, q_inside, k_tile, k, k_base, n * N, None, k_inside, terms, h, S, M, N,
-                    BLOCK_D, False,
+                    q_tile, q, q_base, i, q_inside, k_tile, k, k_base, n * N, None, k_inside, terms, h, S, M,
+                    N, BLOCK_D, False,
                 )  # fmt: skip
                 s, bent = logits(
                     s, i, j, b, h, seqlen_q, seqlen_k, seqlen_k, rel_size, terms, S, False, EXTRA

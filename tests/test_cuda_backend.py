@@ -14,11 +14,13 @@ import saccade
 import torch
 from saccade import Band, Causal, Chunks, Graph, KeyPadding, Segments, Window, ops
 from saccade.autograd import attend
-from saccade.backends import cuda
+from saccade.backends import choose, cuda, reasons
+from saccade.functional import attend_with_weights
 from saccade.problem import Layout, Problem
 from saccade.testing import ORDERS, Shape, derivatives, leaves, make_inputs
 from simulated import CXX, Params, Simulated, build_operators, needs_compiler
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SMALL = Shape(2, 4, 2, 40, 36, 16, 16)
@@ -100,9 +102,9 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_reasons_are_named(name: str) -> None:
     make, words = PROBLEMS[name]
-    reasons = cuda.beyond(make())
-    assert len(reasons) == len(words)
-    assert all(word in reason for word, reason in zip(words, reasons, strict=True))
+    found = cuda.beyond(make())
+    assert len(found) == len(words)
+    assert all(word in reason for word, reason in zip(words, found, strict=True))
 
 
 @needs_compiler
@@ -122,9 +124,9 @@ def test_reasons_are_those_of_the_kernels(name: str) -> None:
     p.mask.tile_ptr = None if spec.args.graph is None else some.data_ptr()
     refuses = kernels.library.saccade_cuda_refuses
     refuses.restype = ctypes.c_char_p
-    reasons = cuda.beyond(problem)
-    assert bool(reasons) == (refuses(ctypes.byref(p), 80) is not None)
-    if not reasons:
+    found = cuda.beyond(problem)
+    assert bool(found) == (refuses(ctypes.byref(p), 80) is not None)
+    if not found:
         assert cuda.takes_hopper(problem) == (refuses(ctypes.byref(p), 90) is None)
 
 
@@ -167,8 +169,8 @@ def test_no_gradient_asked_for_is_no_reason() -> None:
 )
 def test_gpus(archs: str, capability: tuple[int, int], word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "CUDA_ARCHS", tuple(archs.split()))
-    found = cuda.against_gpu(capability, "A GPU")
-    assert len(found) == bool(word) and all(word in reason for reason in found)
+    found = cuda.against_gpu(capability)
+    assert bool(found) == bool(word) and word in found
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +184,52 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.missing() == ["no CUDA device"]
     assert "device cpu, not cuda" in cuda.unsupported(problem_of())
     assert not cuda.serves_unasked(problem_of())
+
+
+def test_a_gpu_call_gets_this_backend_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that only say that they lie on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(ops, "CUDA_ARCHS", ("80", "90a"))
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 5, 16, dtype=BF16, device="cuda")
+        half, single = Problem.of(q, q, q), Problem.of(*[q.float()] * 3)
+        assert choose(half) is cuda and cuda.kernel(half) == "tiled sm_80"
+        out, lse = cuda.run(half)
+        assert out.shape == q.shape and out.device == q.device and lse.shape == (1, 2, 5)
+        assert choose(single) is not cuda and reasons(single)["cuda"][0].startswith("torch.float32")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+        assert reasons(half)["cuda"] == ["T4 is sm_75; the kernels need sm_80 or later (Ampere)"]
+
+
+def test_reasons_can_be_traced() -> None:
+    """torch.compile looks at them where it chooses a backend; lengths stay open."""
+
+    def run(q: Tensor) -> Tensor:
+        problem = Problem.of(q, q, q, causal=True)
+        assert not cuda.beyond(problem) and not cuda.serves_unasked(problem)
+        return saccade.attention(q, q, q, causal=True)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 9):
+        q = torch.randn(1, 2, length, 16).bfloat16()
+        torch.testing.assert_close(compiled(q), run(q))
+
+
+@needs_compiler
+def test_weights_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights by PyTorch beside a kernel's output, with the derivatives of both."""
+    monkeypatch.setattr(cuda.ops_triton, "FOUND", False)
+    kernels = Simulated(80)
+    monkeypatch.setattr(cuda, "attend", lambda problem, body: attend(problem, body, kernels))
+    inputs = make_inputs(SMALL, BF16)
+    outputs = cuda.run_with_weights(Problem.of(*inputs, Causal()), True)
+    expected = attend_with_weights(Problem.of(*inputs, Causal()), True, "reference")
+    for a, b in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+    for a, b in zip(*(derivatives(x, inputs) for x in (outputs, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
 class Chosen(Simulated):

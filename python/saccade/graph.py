@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.config import ITEM
 from .maskbase import Dims, Index, Mask, set_fields
 
 TILE = 64  # rows and columns of a tile: one 64-bit word per row
@@ -245,9 +246,11 @@ class Graph(Mask):
         self.columns()
         if not self.has_repeats and self.num_tiles:
             self.tiles()
-            if self.device.type == "cuda":
-                for whole in (False, True):
-                    self.tile_lists(whole)
+            for whole in (False, True):
+                self.tile_lists(whole)
+        for by_key in (False, True):
+            self.work(ITEM, by_key)
+        self.column_ids()
         self.keep(0, 0, self.rows[:1], self.indices[:1].long(), self.num_queries, self.num_keys)
         return self
 

@@ -32,20 +32,20 @@ def unsupported(problem: Problem) -> list[str]:
     found, device = missing(), problem.q.device
     if device.type != "cuda":
         found.append(f"device {device}, not cuda")
-    elif not found:
-        found += against_gpu(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    elif not found and (why := against_gpu(torch.cuda.get_device_capability(device))):
+        found.append(f"{torch.cuda.get_device_name(device)} is {why}")
     return found + beyond(problem)
 
 
-def against_gpu(capability: tuple[int, int], name: str) -> list[str]:
-    """Reasons against a GPU: too old, or none of the architectures compiled for reaches it."""
+def against_gpu(capability: tuple[int, int]) -> str:
+    """The reason against a GPU, or nothing: too old, or reached by no architecture that was compiled for."""
     sm = 10 * capability[0] + capability[1]
     if sm < _OLDEST:
-        return [f"{name} is sm_{sm}; the kernels need sm_80 or later (Ampere)"]
+        return f"sm_{sm}; the kernels need sm_80 or later (Ampere)"
     # 80 also stands for every later GPU, by the PTX that goes with it; 90a for that one alone.
     if any(arch == f"{sm}a" or (arch.isdigit() and int(arch) <= sm) for arch in ops.CUDA_ARCHS):
-        return []
-    return [f"{name} is sm_{sm}; the kernels were compiled for {', '.join(ops.CUDA_ARCHS)} alone"]
+        return ""
+    return f"sm_{sm}; the kernels were compiled for {', '.join(ops.CUDA_ARCHS)} alone"
 
 
 def beyond(problem: Problem) -> list[str]:

@@ -80,6 +80,7 @@ def statistics(
 ) -> Statistics:  # fmt: skip
     """What the passes after the forward one need of each row, computed once; `static` as theirs."""
     wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    lse = lse.contiguous()  # what is found lies as it does; vmap gives expanded ones
     found = torch.empty((3, *lse.shape), dtype=wide, device=lse.device)
     row = call.vector(lse)
     stats = Statistics(found, lse.numel(), row.batch, row.head)

@@ -38,8 +38,9 @@ def tune(
     dims: Iterable[int] = config.DIMS, sizes: Iterable[int] = (2,), time: Timer | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[Key, Config]:  # fmt: skip
-    """The best shape of every row asked for on the current GPU, written to `config.cache_file()`. `time`
-    gives the milliseconds of a pass under the shapes now in force, or raises; it is the GPU's clock unless given.
+    """The best shape of every row asked for on the current GPU, written to `config.cache_file()`.
+    `time` gives the milliseconds of a pass under the shapes now in force, or raises: the GPU's clock, unless
+    given.
 
     Raises RuntimeError without a CUDA device.
     """

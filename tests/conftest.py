@@ -25,3 +25,16 @@ def seeded() -> None:
 @pytest.fixture(params=[name for name in saccade.backends() if name != "cuda"])  # no CPU tensors, no fp64
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes a second for what a kernel does in microseconds: tests of many or large
+    calls leave it to `make test-full`.
+    """
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        is_triton = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+        if is_triton and item.get_closest_marker("many_calls"):
+            item.add_marker(pytest.mark.full)

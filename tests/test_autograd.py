@@ -86,12 +86,14 @@ def supported(name: str, backend: str) -> tuple[Callable[..., Any], tuple[Tensor
     return run, inputs
 
 
+@pytest.mark.many_calls
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name: str, backend: str) -> None:
     run, inputs = supported(name, backend)
     assert gradcheck(run, inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
 
 
+@pytest.mark.many_calls
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(name: str, backend: str) -> None:
     run, inputs = supported(name, backend)
@@ -151,6 +153,7 @@ def test_expanded_bias_gets_its_own_gradient(backend: str) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.many_calls
 @pytest.mark.parametrize("name", ["causal", "bias", "sink", "dropout", "graph", "alibi"])
 def test_vmap(name: str, backend: str) -> None:
     run, inputs = supported(name, backend)
@@ -166,6 +169,7 @@ def test_vmap(name: str, backend: str) -> None:
     torch.testing.assert_close(got[0], torch.stack([w[0] for w in want]))
 
 
+@pytest.mark.many_calls
 def test_per_sample_gradients(backend: str) -> None:
     q, k, v = (x.detach() for x in make_inputs(Shape(5, 2, 2, 3, 4, 3, 2), torch.float64))
 
@@ -177,6 +181,7 @@ def test_per_sample_gradients(backend: str) -> None:
     torch.testing.assert_close(got, torch.autograd.grad(loss(*leaves), leaves))
 
 
+@pytest.mark.many_calls
 def test_hessian_and_jacobians_agree(backend: str) -> None:
     q, k, v = (x.detach() for x in make_inputs(Shape(1, 1, 1, 2, 3, 2, 2), torch.float64))
 

@@ -308,6 +308,21 @@ def test_entries(name: str, order: str, entries: Any, monkeypatch: pytest.Monkey
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
 
 
+def test_entries_take_expanded_results(entries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vmap gives them: one forward pass for several gradients of its output."""
+    problem = problem_of(Shape(1, 2, 2, 9, 7, 16, 16), mask=Causal())
+    outputs = attend(problem, ops.TILED)
+    heads = [torch.randn(3, *x.shape).to(x.dtype) for x in outputs]
+    results = []
+    for operators in (torch.ops.saccade, entries):
+        monkeypatch.setattr(torch.ops.saccade.backward, "default", operators.backward.default)
+        pull = torch.func.vmap(lambda *h: torch.autograd.grad(outputs, (problem.q, problem.k), h, True))
+        results.append(pull(*heads))
+        monkeypatch.undo()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
+
+
 def test_entries_refuse_by_name(entries: Any) -> None:
     problem = problem_of(dtype=torch.float32)
     order = (0, 1, 2, 3)

@@ -45,6 +45,7 @@ def test_one_node_with_itself(backend: str) -> None:
     torch.testing.assert_close(saccade.attention(x, x, x, graph, backend=backend), x)
 
 
+@pytest.mark.many_calls
 @pytest.mark.parametrize("direction", ["in", "out", "both"])
 def test_a_hub_with_every_edge(direction: str, backend: str) -> None:
     n, hub = 3000, 1234
@@ -114,6 +115,7 @@ def bandwidth(graph: Graph) -> int:
     return int((sources - targets).abs().max())
 
 
+@pytest.mark.many_calls
 @pytest.mark.parametrize("kind", ["grid", "random", "islands", "none"])
 def test_reordering_changes_no_result(kind: str, backend: str) -> None:
     n = 144

@@ -102,6 +102,8 @@ def arrange(case: dict[str, Any]) -> tuple[tuple[Tensor, Tensor, Tensor], Any, d
     case = dict(case)
     if case["score"] != "dot" and case["position"] in ("shaw", "transformer-xl"):
         case["position"] = None
+    if case["activation"] == "relu" and case["position"] == "rope" and case["dtype"].itemsize == 2:
+        case["position"] = None  # turned in 16 bits, a logit may cross 0, where relu's slope jumps
     # The yardstick compares two largest errors: few numbers would make that a matter of luck.
     pairs = case["size"][0] * case["size"][1]
     batch = 2 if pairs > 1000 else 16

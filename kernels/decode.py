@@ -114,7 +114,12 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     splits = max(1, min(cdiv(_PROGRAMS, pairs), cdiv(call.seqlen_k, _SPLIT_KEYS)))
     wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     parts = torch.empty((pairs, splits, _ROWS, 2 + widths[1]), dtype=wide, device=out.device)
-    shape: dict[str, Any] = {"S": call.static(), "M": _ROWS, "BLOCK_DV": widths[1], "num_warps": _WARPS}
+    shape: dict[str, Any] = {
+        "S": call.static()._replace(cached=True),
+        "M": _ROWS,
+        "BLOCK_DV": widths[1],
+        "num_warps": _WARPS,
+    }
     terms = call.terms()
     with on_device(out):
         decode_split[(pairs * splits,)](

@@ -49,17 +49,17 @@ def attend_tile(
 ):  # fmt: skip
     """The state (acc, peak, total) of a query tile after the key tile at j0. CHECK: the tile may hold pairs
     that are not kept, and keys outside of [k_low, k_end). EXTRA: k and v are the one more key that every
-    query sees. cache: where keys lie (CHECK then, and k_base, v_base are those of the head), else None.
+    query sees. cache: where keys lie (then CHECK, and k_base, v_base are those of the head), or None.
     """
     j = j0 + tl.arange(0, N)
     q_inside = i < seqlen_q
     k_inside = (j >= k_low) & (j < k_end) if CHECK else None
-    k_at = None
-    if cache is None:
-        keys = load_rows(k, k_base, j0, k_inside, 0, S.dim, N, BLOCK_D, S.far)
-    else:
+    if S.cached:
         k_at = cached_keys(k, cache, b, j, k_inside)
         keys = load_listed(k, k_base, k_at, k_inside, 0, S.dim, BLOCK_D)
+    else:
+        k_at = None
+        keys = load_rows(k, k_base, j0, k_inside, 0, S.dim, N, BLOCK_D, S.far)
     s = scores(
         q_tile, q, q_base, i, q_inside, keys, k, k_base, j0, k_at, k_inside, terms, h, S, M, N, BLOCK_D, False
     )
@@ -75,11 +75,11 @@ def attend_tile(
     if S.dropout:
         at = max_k + tl.arange(0, N) if EXTRA else j
         p = tl.where(dropout_kept(i, at, b, h, terms, N, False, not EXTRA), p, 0.0)
-    if cache is None:
-        values = load_rows(v, v_base, j0, k_inside, column, S.dim_v, N, BLOCK_DV, S.far)
-    else:
+    if S.cached:
         v_at = cached_keys(v, cache, b, j, k_inside)
         values = load_listed(v, v_base, v_at, k_inside, column, S.dim_v, BLOCK_DV)
+    else:
+        values = load_rows(v, v_base, j0, k_inside, column, S.dim_v, N, BLOCK_DV, S.far)
     values = touched(values, s, 0, CHECK or terms.bias is not None, S)
     acc += dot(p.to(values.dtype), values, S)
     return acc, peak, total

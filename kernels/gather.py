@@ -31,15 +31,16 @@ from .tile import (
 
 
 class Edges(NamedTuple):
-    """Edges sorted by row (or by key), and what belongs to them. None where absent."""
+    """Edges sorted by row (or by key), and what belongs to them. None where absent. (q W is an argument of
+    its own: inside a loop the compiler loses the strides of a tuple in a tuple.)
+    """
 
     rows: Any  # [E] int32, query of each; None where an item's row says it
     keys: Any  # [E] int32, or None likewise
     ids: Any  # [E] int64, the user's number; None where it is the place
     bias: Any = None  # [H or 1, num_edges]
     bias_head: Any = 0
-    q: Any = None  # Rows [B, H, Sq, De]
-    x: Any = None  # Rows [num_edges, De]: only row and col are looked at
+    x: Any = None  # [num_edges, De], contiguous
 
 
 class Items(NamedTuple):
@@ -56,6 +57,14 @@ def load_at(x, base, r, inside, DIM: tl.constexpr, COLS: tl.constexpr, ACC: tl.c
     """[E, COLS]: rows r, 0 where not inside and from column DIM on."""
     c = tl.arange(0, COLS)
     at = base + (r.to(tl.int64)[:, None] * x.row + c.to(tl.int64)[None, :] * x.col)
+    return tl.load(at, mask=inside[:, None] & (c < DIM)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def load_features(x, ids, inside, DIM: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
+    """[E, COLS]: rows `ids` of a contiguous [., DIM], 0 where not inside and from column DIM on."""
+    c = tl.arange(0, COLS)
+    at = x + ids.to(tl.int64)[:, None] * DIM + c[None, :]
     return tl.load(at, mask=inside[:, None] & (c < DIM)[None, :], other=0.0).to(ACC)
 
 
@@ -128,7 +137,7 @@ def edge_logits(
     "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "items", "slots",
 ])  # fmt: skip
 def gather_forward(
-    q, k, v, out, out_edge, lse, parts, edges, work, terms, mask,
+    q, k, v, edge_q, out, out_edge, lse, parts, edges, work, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, items, slots,
     S: tl.constexpr, E: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +163,7 @@ def gather_forward(
     qt = load_at(q, rows_at(q, b, h, zero), row + one, here, S.dim, D, ACC)
     eqt = qt
     if EDGE > 0:
-        eqt = load_at(edges.q, rows_at(edges.q, b, h, zero), row + one, here, EDGE, DE, ACC)
+        eqt = load_at(edge_q, rows_at(edge_q, b, h, zero), row + one, here, EDGE, DE, ACC)
     acc = tl.zeros((DV,), ACC)
     mixed = tl.zeros((DE,), ACC)
     peak = tl.full((1,), float("-inf"), ACC)
@@ -169,7 +178,7 @@ def gather_forward(
         kt = load_at(k, k_base, j, kept, S.dim, D, ACC)
         ext = kt
         if EDGE > 0:
-            ext = load_at(edges.x, edges.x.ptr, ids, kept, EDGE, DE, ACC)
+            ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
         s, bent = edge_logits(qt, kt, eqt, ext, kept, ids, h, terms, edges, S, D)
         kept = kept & (s != float("-inf"))
         if S.activation == RELU or S.activation == SIGMOID:
@@ -302,7 +311,7 @@ def edge_gradients(
     "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "items", "slots",
 ])  # fmt: skip
 def gather_backward_rows(
-    q, k, v, dout, dout_edge, dq, dedge_q, dweight, stats, parts, edges, work, terms, mask,
+    q, k, v, edge_q, dout, dout_edge, dq, dedge_q, dweight, stats, parts, edges, work, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, items, slots,
     S: tl.constexpr, E: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -331,7 +340,7 @@ def gather_backward_rows(
     eqt = qt
     deot = qt
     if EDGE > 0:
-        eqt = load_at(edges.q, rows_at(edges.q, b, h, zero), row + one, here, EDGE, DE, ACC)
+        eqt = load_at(edge_q, rows_at(edge_q, b, h, zero), row + one, here, EDGE, DE, ACC)
         deot = load_at(dout_edge, rows_at(dout_edge, b, h, zero), row + one, here, EDGE, DE, ACC)
     grad = tl.zeros((D,), ACC)
     edge_grad = tl.zeros((DE,), ACC)
@@ -347,7 +356,7 @@ def gather_backward_rows(
         vt = load_at(v, v_base, j, kept, S.dim_v, DV, ACC)
         ext = kt
         if EDGE > 0:
-            ext = load_at(edges.x, edges.x.ptr, ids, kept, EDGE, DE, ACC)
+            ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
         used, ds, dscore = edge_gradients(
             qt, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges, factor,
             S, E, D, EDGE,
@@ -382,7 +391,7 @@ def gather_backward_rows(
     "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "items", "slots",
 ])  # fmt: skip
 def gather_backward_keys(
-    q, k, v, dout, dout_edge, dk, dv, stats, parts, edges, work, terms, mask,
+    q, k, v, edge_q, dout, dout_edge, dk, dv, stats, parts, edges, work, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, items, slots,
     S: tl.constexpr, E: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -426,9 +435,9 @@ def gather_backward_keys(
             deot = qt
             ext = qt
             if EDGE > 0:
-                eqt = load_at(edges.q, rows_at(edges.q, b, h, zero), i, kept, EDGE, DE, ACC)
+                eqt = load_at(edge_q, rows_at(edge_q, b, h, zero), i, kept, EDGE, DE, ACC)
                 deot = load_at(dout_edge, rows_at(dout_edge, b, h, zero), i, kept, EDGE, DE, ACC)
-                ext = load_at(edges.x, edges.x.ptr, ids, kept, EDGE, DE, ACC)
+                ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
             used, ds, dscore = edge_gradients(
                 qt, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges,
                 factor, S, E, D, EDGE,
@@ -479,7 +488,7 @@ def sum_pieces(
     "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "count", "batch",
 ])  # fmt: skip
 def gather_backward_edges(
-    q, k, v, dout, dout_edge, dedge_bias, dedge_x, stats, edges, terms, mask,
+    q, k, v, edge_q, dout, dout_edge, dedge_bias, dedge_x, stats, edges, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, count, batch,
     S: tl.constexpr, E: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DE: tl.constexpr, EDGE: tl.constexpr,
     PER_HEAD: tl.constexpr,
@@ -515,9 +524,9 @@ def gather_backward_edges(
             deot = qt
             ext = qt
             if EDGE > 0:
-                eqt = load_at(edges.q, rows_at(edges.q, b, h, zero), i, kept, EDGE, DE, ACC)
+                eqt = load_at(edge_q, rows_at(edge_q, b, h, zero), i, kept, EDGE, DE, ACC)
                 deot = load_at(dout_edge, rows_at(dout_edge, b, h, zero), i, kept, EDGE, DE, ACC)
-                ext = load_at(edges.x, edges.x.ptr, ids, kept, EDGE, DE, ACC)
+                ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
             used, ds, dscore = edge_gradients(
                 qt, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges,
                 factor, S, E, D, EDGE,

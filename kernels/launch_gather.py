@@ -48,12 +48,14 @@ class GatherCall:
         return 0 if self.edge_x is None else self.edge_x.shape[1]
 
     def edges(self, rows: Tensor | None, keys: Tensor | None, ids: Tensor | None) -> Edges:
-        bias, q, x = self.edge_bias, self.edge_q, self.edge_x
+        bias, x = self.edge_bias, self.edge_x
         bias_head = 0 if bias is None or bias.shape[0] == 1 else bias.stride(0)
-        return Edges(
-            rows, keys, ids, bias, bias_head, None if q is None else self.call.rows(q),
-            None if x is None else Rows(x, 0, 0, x.stride(0), x.stride(1)),
-        )  # fmt: skip
+        return Edges(rows, keys, ids, bias, bias_head, None if x is None else x.contiguous())
+
+    def inputs(self) -> tuple[Rows | None, ...]:
+        """q, k, v and q W."""
+        call, edge_q = self.call, self.edge_q
+        return (*map(call.rows, (call.q, call.k, call.v)), None if edge_q is None else call.rows(edge_q))
 
     def shape(self) -> dict[str, Any]:
         """What every kernel of the body is compiled for."""
@@ -87,7 +89,7 @@ def forward(g: GatherCall, out: Tensor, lse: Tensor, mixed: Tensor) -> None:
     results = (call.rows(out), out_edge, call.vector(lse), parts)
     with on_device(out):
         gather_forward[(work[0].numel() * pairs,)](
-            call.rows(call.q), call.rows(call.k), call.rows(call.v), *results, g.edges(None, g.keys, g.ids),
+            *g.inputs(), *results, g.edges(None, g.keys, g.ids),
             Items(*work), terms, call.mask(), *_numbers(lengths), work[0].numel(), slots, **shape,
         )  # fmt: skip
         if slots:
@@ -154,7 +156,7 @@ def _by_row(
     targets = (_or_scratch(call, dq, call.q), _or_scratch(call, dedge_q, g.edge_q))
     pairs = call.batch * call.heads
     gather_backward_rows[(items * pairs,)](
-        call.rows(call.q), call.rows(call.k), call.rows(call.v), *state, *targets, shares, stats, parts,
+        *g.inputs(), *state, *targets, shares, stats, parts,
         g.edges(None, g.keys, g.ids), Items(*work), call.terms(), call.mask(),
         *_numbers(call.lengths_and_band(0)), items, slots, **shape,
     )  # fmt: skip
@@ -178,7 +180,7 @@ def _by_key(
     parts = _parts(call, heads, slots, shape["D"] + shape["DV"])
     targets = (_or_scratch(call, dk, call.k), _or_scratch(call, dv, call.v))
     gather_backward_keys[(items * heads * call.batch,)](
-        call.rows(call.q), call.rows(call.k), call.rows(call.v), *state, *targets, stats, parts,
+        *g.inputs(), *state, *targets, stats, parts,
         g.edges(rows, None, ids), Items(*work), call.terms(), call.mask(),
         *_numbers(call.lengths_and_band(0)), items, slots, **shape,
     )  # fmt: skip
@@ -203,7 +205,7 @@ def _by_edge(
     if not count:
         return
     gather_backward_edges[(cdiv(count, shape["E"]),)](
-        call.rows(call.q), call.rows(call.k), call.rows(call.v), *state,
+        *g.inputs(), *state,
         dedge_bias if dedge_bias.numel() else None, dedge_x if dedge_x.numel() else None, stats,
         g.edges(rows, g.keys, g.ids), call.terms(), call.mask(), *_numbers(call.lengths_and_band(0)), count,
         call.batch, **shape, PER_HEAD=g.edge_bias is not None and g.edge_bias.shape[0] > 1,

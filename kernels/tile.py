@@ -89,6 +89,7 @@ class Static(NamedTuple):
     bounded_left: bool = False  # some row's interval may begin after key 0
     irregular: bool = False  # padding by a boolean or segments: no tile is known to be whole
     graph: bool = False  # key tiles come from a list
+    cached: bool = False  # keys lie where a `Cache` says
     gaps: bool = False  # inside the range of a block's keys there may be one that no row keeps
     far: bool = False  # offsets inside a tile exceed 31 bits
 

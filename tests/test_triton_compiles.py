@@ -21,15 +21,19 @@ SIZES = {2: "bf16", 4: "fp32", 8: "fp64"}
 
 @functools.lru_cache
 def compiled(arch: str, size: int, *options: str) -> list[dict[str, Any]]:
-    """The kernels of an architecture and a size of element, made in a process without the interpreter."""
+    """The kernels of an architecture and a size of element (0: every variant), made in a process without the
+    interpreter.
+    """
     program = Path(__file__).with_name("triton_ahead.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(program), arch, str(size), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    first = ["variants", arch] if size == 0 else [arch, str(size)]
+    command = [sys.executable, str(program), *first, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", SIZES, ids=SIZES.get)
 @pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90"])
 def test_every_row_fits_and_none_spills(arch: str, size: int) -> None:
@@ -42,6 +46,22 @@ def test_every_row_fits_and_none_spills(arch: str, size: int) -> None:
         assert kernel["spills"] == 0, kernel
         assert kernel["registers"] <= REGISTERS, kernel
         assert kernel["shared"] <= config.SHARED_BYTES[arch], kernel
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("arch", ["sm90", pytest.param("sm80", marks=pytest.mark.full)])
+def test_every_variant_compiles(arch: str) -> None:
+    """The interpreter runs what the compiler may refuse."""
+    from saccade.kernels import config
+
+    found = compiled(arch, 0)
+    assert len({k["variant"] for k in found}) == 19
+    assert {k["kernel"] for k in found} >= {
+        "tiled_forward", "tiled_backward_q", "tiled_backward_kv", "row_statistics", "attention_weights",
+        "dense_bias_gradient", "relative_bias_gradient", "decode_split", "merge_splits", "gather_forward",
+        "merge_rows", "gather_backward_rows", "gather_backward_keys", "gather_backward_edges", "sum_pieces",
+    }  # fmt: skip
+    assert all(k["shared"] <= config.SHARED_BYTES[arch] for k in found)
 
 
 def test_matrix_instructions_are_the_ones_meant() -> None:

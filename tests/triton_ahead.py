@@ -3,6 +3,8 @@ what came out. A program of its own, because TRITON_INTERPRET is read where kern
 
     python tests/triton_ahead.py sm90 2 [128] [backward_q ...] [window] [dropout] [sass]
 
+    python tests/triton_ahead.py variants sm90
+
 prints a JSON line for each kernel: architecture, bytes of an element, head_dim (all), passes (all).
 """
 
@@ -136,7 +138,123 @@ def launch_pass(name: str, dtype: torch.dtype, dim: int, options: list[str]) -> 
         launch.backward(call, dout, None, out, lse, grads, needs)
 
 
-if __name__ == "__main__":
+def variants(arch: str, *only: str) -> None:  # noqa: C901
+    """Every flag and every optional argument of the bodies, each compiled once: the interpreter never asks
+    whether the compiler would take them.
+    """
+    from dataclasses import replace
+
+    from saccade.kernels import call as calls
+    from saccade.kernels import decode, launch, launch_gather
+    from saccade.kernels.weights import weights
+    from saccade.maskbase import UNBOUNDED
+
+    calls.architecture = lambda device: arch
+    batch, heads, heads_k, n, dim = 2, 4, 2, 256, 64
+
+    def empty(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    def ints(*shape: int) -> torch.Tensor:
+        return empty(*shape, kind=torch.int32)
+
+    def longs(*shape: int) -> torch.Tensor:
+        return empty(*shape, kind=torch.int64)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return empty(*shape, kind=torch.float32)
+
+    q, k, v = empty(batch, heads, n, dim), empty(batch, heads_k, n, dim), empty(batch, heads_k, n, dim)
+    rest: list[Any] = [None] * 17
+    numbers: list[Any] = [[], [UNBOUNDED, 0, UNBOUNDED, UNBOUNDED], [], 0, 0, 0, 0, 0.125, 0.0, 0.0, 0.0, 0]
+    plain = calls.Call(*[q, k, v, *rest, *numbers])
+    lists = [longs(9, 64), *(ints(x) for x in (5, 4, 9, 9) * 2)]
+    packed = {"q": empty(500, heads, dim), "k": empty(500, heads_k, dim), "v": empty(500, heads_k, dim),
+              "cu_q": longs(3), "cu_k": longs(3), "max_q": n, "max_k": n}  # fmt: skip
+    changes: dict[str, dict[str, Any]] = {
+        "bias": {"bias": empty(batch, heads, n, n)},
+        "relative": {"rel_bias": floats(heads, 2 * n - 1)},
+        "additive": {"score": 1, "weight": floats(heads, dim)},
+        "gatv2": {"score": 2, "weight": floats(heads, dim), "slope": 0.2, "softcap": 3.0},
+        "sink": {"sink": floats(heads), "softcap": 2.0},
+        "extra": {"extra_k": empty(heads, dim), "extra_v": empty(heads, dim), "activation": 3},
+        "dropout": {"seed": longs(1), "dropout_p": 0.1},
+        "bounds": {"head_bounds": longs(heads, 4), "chunks": [16, 1]},
+        "padding": {"lengths": longs(batch), "keep": empty(batch, n, kind=torch.bool)},
+        "segments": {"q_ids": ints(batch, n), "k_ids": ints(batch, n), "activation": 1},
+        "sigmoid": {"activation": 2},
+        "packed": {**packed, "rel_bias": floats(heads, 2 * n - 1)},
+        "graph": {"tiles": lists, "rel_bias": floats(heads, 2 * n - 1), "bias": empty(batch, heads, n, n)},
+    }
+    for name, change in changes.items():
+        if only and name not in only:
+            continue
+        call = replace(plain, **change)
+        with compiling(CAPABILITY[arch]) as found:
+            rows = (heads, 500) if call.cu_q is not None else (batch, heads, n)
+            lse, out = empty(*rows, kind=torch.float64), torch.empty_like(call.q)
+            launch.forward(call, out, lse)
+            optional = (call.bias, call.rel_bias, call.weight, call.extra_k, call.extra_v)
+            grads = [torch.empty_like(x) for x in (call.q, call.k, call.v)]
+            grads += [floats(0) if x is None else x.float() for x in optional]
+            needs = 7 | sum(8 << bit for bit, x in enumerate(optional) if x is not None)
+            launch.backward(call, torch.empty_like(out), lse, out, lse, tuple(grads), needs)
+            if call.cu_q is None:
+                for average in (False, True):
+                    columns = n + (call.extra_k is not None) + (call.activation == 3)
+                    shape = (batch, n, columns) if average else (batch, heads, n, columns)
+                    weights(call, lse, empty(*shape), average)
+        _print(name, arch, found)
+    caches: dict[str, dict[str, Any]] = {
+        "cache": {"seqused_k": longs(batch), "max_q": 1, "max_k": n},
+        "pages": {"seqused_k": longs(batch), "page_table": ints(batch, 16), "max_q": 1, "max_k": n,
+                  "k": empty(32, heads_k, 16, dim), "v": empty(32, heads_k, 16, dim)},
+        "beam": {"seqused_k": longs(batch), "beam": ints(batch, n), "max_q": 1, "max_k": n, "score": 1,
+                 "weight": floats(heads, dim)},
+    }  # fmt: skip
+    few = replace(plain, q=empty(batch, heads, 1, dim))
+    for name, change in caches.items():
+        with compiling(CAPABILITY[arch]) as found:
+            row = empty(batch, heads, 1, kind=torch.float64)
+            decode.forward(replace(few, **change), empty(batch, heads, 1, dim), row)
+        _print(name, arch, found)
+    work = [ints(40), longs(40), longs(40), ints(40), ints(3), ints(4)]
+    for name, edge in {
+        "edges": (None, None, None),
+        "edge bias": (floats(heads, 900), None, None),
+        "edge features": (floats(1, 900), empty(batch, heads, n, 8), empty(900, 8)),
+    }.items():
+        for score in (0, 2) if name == "edge bias" else (0,):
+            call = replace(plain, **changes["gatv2"]) if score else replace(plain, **changes["dropout"])
+            g = launch_gather.GatherCall(call, work, ints(900), longs(900), *edge, 900)
+            lse = empty(batch, heads, n, kind=torch.float64)
+            with compiling(CAPABILITY[arch]) as found:
+                mixed = torch.empty_like(edge[1]) if edge[1] is not None else empty(0)
+                launch_gather.forward(g, torch.empty_like(q), lse, mixed)
+                heads_of = (
+                    torch.empty_like(q),
+                    lse,
+                    None if edge[1] is None else mixed,
+                    torch.empty_like(q),
+                    lse,
+                )
+                likes = (call.weight, edge[0], edge[1], edge[2])
+                grads = [torch.empty_like(x) for x in (q, k, v)]
+                grads += [floats(0) if x is None else torch.empty_like(x) for x in likes]
+                by_key = (work, ints(900), longs(900), ints(900))
+                launch_gather.backward(g, heads_of, by_key, tuple(grads))
+            _print(name, arch, found)
+
+
+def _print(name: str, arch: str, found: list[tuple[str, Any]]) -> None:
+    for kernel_name, kernel in found:
+        line = {"variant": name, "kernel": kernel_name, "shared": kernel.metadata.shared, "arch": arch}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__" and sys.argv[1] == "variants":
+    variants(*sys.argv[2:])
+elif __name__ == "__main__":
     wanted = sys.argv[3:]
     main(
         sys.argv[1],

@@ -41,9 +41,11 @@ gpu:
 	  echo "make gpu: '$(PYTHON)' has no torch that sees a CUDA device"; exit 1; }
 	$(PYTHON) $(INSTALL) $(BUILD_TOOLS)
 	SACCADE_CUDA=1 SACCADE_REQUIRE_EXT=1 $(PYTHON) $(INSTALL) --no-build-isolation -e '.[bench,test]'
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n auto -p no:benchmark tests
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -q tests/test_gpu.py
 	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q tests/test_gpu.py || exit 1; done; fi
+	  TRITON_INTERPRET=0 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q -k 'not pairwise' tests/test_gpu.py || exit 1; done; fi
 	$(PYTHON) -m saccade.kernels.tune
 	$(PYTHON) -m saccade bench --device cuda
 	$(PYTHON) -m saccade bench --device cuda --suite graph

@@ -153,7 +153,7 @@ INTERPRETED: dict[str, list[Any]] = {
 }
 # The oracle against itself in fp64 says little: a few cases, for its fp32 sums.
 SOME = {"reference": CASES[::12]}
-if "triton" in saccade.backends() and not torch.cuda.is_available():
+if "triton" in saccade.backends():
     SOME["triton"] = pairwise(INTERPRETED)
 
 
@@ -169,7 +169,7 @@ def test_pairwise(case: dict[str, Any], backend: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_pairwise_more(seed: int, backend: str) -> None:
-    axes = INTERPRETED if backend == "triton" and not torch.cuda.is_available() else AXES
+    axes = INTERPRETED if backend == "triton" else AXES
     for case in pairwise(axes, seed):
         with contextlib.suppress(pytest.skip.Exception):
             run_case(case, backend)
@@ -193,7 +193,7 @@ EDGE_AXES: dict[str, list[Any]] = {
 @pytest.mark.parametrize("case", pairwise(EDGE_AXES), ids=label)
 def test_edges_with_terms_and_repeats(case: dict[str, Any], backend: str) -> None:
     # An interpreter takes its milliseconds for every row.
-    shrink = 5 if backend == "triton" and not torch.cuda.is_available() else 1
+    shrink = 5 if backend == "triton" else 1
     sq, sk, count = 70 // shrink, 90 // shrink, case["edges"] // shrink
     shape = Shape(4 if shrink == 1 else 2, *case["heads"], sq, sk, *case["dims"])
     edges = torch.stack([torch.randint(0, n, (count,)) for n in (sk, sq // 2)])  # half of the rows are empty

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import saccade
 import torch
+from saccade.testing import check_attention, pairwise, tensor_map
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
+if not torch.cuda.is_available() or saccade.ops_triton.INTERPRETED:
+    pytest.skip("needs a CUDA device and TRITON_INTERPRET=0", allow_module_level=True)
+
+from test_attention import AXES, arrange, label
 
 BACKENDS = [name for name in saccade.backends() if name in ("cuda", "triton")]
 MASKS: dict[str, Any] = {"none": None, "causal": saccade.Causal(), "window": saccade.Window(40, 10)}
@@ -22,6 +25,24 @@ def inputs(dim: int, dtype: torch.dtype = torch.bfloat16, seqlen: int = 190) -> 
 def both(run: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     out = run(*tensors)
     return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
+
+
+def on_gpu(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().cuda().requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", pairwise(AXES), ids=label)
+def test_pairwise(case: dict[str, Any], backend: str) -> None:
+    cpu, mask, options = arrange(case)
+    tensors = tensor_map(on_gpu, cpu)
+    options = {name: tensor_map(on_gpu, value) for name, value in options.items()}
+    mask = None if mask is None else mask.to("cuda")
+    try:
+        saccade.explain(*tensors, mask, backend=backend, **options)
+    except NotImplementedError:
+        pytest.skip(f"not for {backend}")
+    check_attention(tensors, mask, backend, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,15 +12,12 @@ import saccade
 import torch
 from saccade.testing import Shape, check_attention, make_inputs
 
-if "triton" not in saccade.backends():
-    pytest.skip("triton is not installed", allow_module_level=True)
+if "triton" not in saccade.backends() or not saccade.ops_triton.INTERPRETED:
+    pytest.skip("triton is not installed, or not interpreted", allow_module_level=True)
 
 from saccade.kernels import config, gather, tune
 from saccade.kernels.config import Config
 from saccade.kernels.mask import UNBOUNDED
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
 
 
 def small(rows: int, keys: int, width: int = 16) -> dict[str, Config]:
@@ -50,7 +47,6 @@ def test_wide_heads_are_split_into_blocks(score: str) -> None:
         check_attention(make_inputs(shape, torch.float32), saccade.Causal(), "triton", **options)
 
 
-@interpreted
 def test_tiles_outside_a_band_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
     from saccade.kernels import forward
 
@@ -102,7 +98,6 @@ def test_a_hub_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-@interpreted
 def test_nothing_runs_unasked_on_a_cpu() -> None:
     q = torch.randn(1, 1, 4, 8)
     told = saccade.explain(q, q, q)

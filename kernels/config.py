@@ -76,6 +76,9 @@ def _table() -> dict[Key, Config]:
             for name in ("weights", "bias"):
                 for size, block in ((2, 64), (4, 32), (8, 16)):
                     table[name, arch, size, dim] = Config(block, block, min(dim, block), 4, 1)
+    # Two that would spill a register there.
+    table["backward_q", "sm86", 4, 64] = Config(32, 16, 32, 8, 1)
+    table["backward_q", "sm86", 8, 16] = Config(16, 16, 16, 8, 1)
     return table
 
 

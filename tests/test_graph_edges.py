@@ -54,6 +54,7 @@ def test_a_hub_with_every_edge(direction: str, backend: str) -> None:
     check_attention(make_inputs(Shape(1, 2, 2, n, n, 8, 8)), Graph.from_edge_index(index, n), backend)
 
 
+@pytest.mark.many_calls
 @pytest.mark.parametrize("options", [{}, {"edge_bias": True}, {"dropout_p": 0.3, "seed": 4}])
 def test_isolated_nodes_are_zero_and_repeats_count(options: dict[str, Any], backend: str) -> None:
     index = torch.tensor([[0, 0, 3, 5, 3, 3], [2, 2, 2, 1, 0, 0]])

@@ -94,10 +94,15 @@ class Call:
     def config(self, name: str) -> Config:
         """The tile shape of a pass; a graph's tiles are given."""
         dim = max(self.q.shape[-1], self.v.shape[-1])
-        found = config.pick(name, architecture(self.q.device), self.q.element_size(), dim)
-        if not self.tiles:
-            return found
-        return Config(_TILE, _TILE, min(found.block_d, 64), found.num_warps, 1, found.measured)
+        arch, size = architecture(self.q.device), self.q.element_size()
+        left_end, right_end, left_start, right_start = self.band
+        narrow = max(left_end, right_end) < UNBOUNDED or max(left_start, right_start) < UNBOUNDED
+        found = config.pick(name, arch, size, dim, "window" if narrow else "full")
+        if self.tiles:
+            return Config(_TILE, _TILE, min(found.block_d, 64), found.num_warps, 1, found.measured)
+        biases = sum(x.element_size() for x in (self.bias, self.rel_bias) if x is not None)
+        more = biases + (self.dropout_p > 0)
+        return config.fitted(found, name, arch, size, more) if more or self.extra_k is not None else found
 
     def static(self) -> Static:
         q, keeps = self.q, self.keep is not None or self.q_ids is not None

@@ -13,12 +13,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 UNMEASURED = "not yet measured"
+_SLACK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,9 @@ PASSES = ("forward", "backward_q", "backward_kv", "weights", "bias")
 ITEM = 256  # edges of a graph's row that one program takes
 DIMS = (16, 32, 64, 128, 256)  # wider heads are split into blocks of the widest
 
-Key = tuple[str, str, int, int]  # pass, architecture, bytes of an element, head_dim
+KINDS = ("full", "window")  # of mask: a window is a band with two bounds
+
+Key = tuple[str, str, int, int, str]  # pass, architecture, bytes of an element, head_dim, kind of mask
 Shape = tuple[int, int, int, int, int]
 
 _AMPERE: dict[str, dict[int, Shape]] = {
@@ -59,26 +62,39 @@ _HOPPER: dict[str, dict[int, Shape]] = {
     "backward_kv": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 128, 64, 8, 2),
                     128: (64, 128, 128, 8, 2), 256: (32, 32, 256, 8, 2)},
 }  # fmt: skip
+# M queries of a window of W keys visit W + M + N of them: smaller tiles throw less away. Rows that differ.
+_WINDOWS: dict[str, dict[str, dict[int, Shape]]] = {
+    "sm80": {"forward": {16: (64, 64, 16, 4, 3), 32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 3)}},
+    "sm90": {"forward": {16: (64, 64, 16, 4, 3), 32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 3),
+                         128: (64, 64, 128, 4, 3)},
+             "backward_q": {64: (64, 64, 64, 4, 2), 128: (64, 64, 128, 8, 3)},
+             "backward_kv": {64: (64, 64, 64, 4, 2), 128: (64, 64, 128, 8, 2)}},
+}  # fmt: skip
+_WINDOWS["sm86"] = _WINDOWS["sm80"]
 
 
 def _table() -> dict[Key, Config]:
+    """Every row; one of kind window stands only where it differs from that of a full mask."""
     table: dict[Key, Config] = {}
     for arch, shapes in (("sm80", _AMPERE), ("sm86", _AMPERE), ("sm90", _HOPPER)):
-        for name, row in shapes.items():
-            for dim, shape in row.items():
-                table[name, arch, 2, dim] = Config(*shape)
+        for kind, rows in (("full", shapes), ("window", _WINDOWS[arch])):
+            for name, row in rows.items():
+                for dim, shape in row.items():
+                    table[name, arch, 2, dim, kind] = Config(*shape)
         for dim in DIMS:
             # Exact fp32 and fp64 products keep more numbers in registers: small tiles, and wide heads in
             # blocks.
             for name in shapes:
-                table[name, arch, 4, dim] = Config(32, 32, min(dim, 32), 8, 1)
-                table[name, arch, 8, dim] = Config(16, 16, 16 if dim <= 32 else 32, 4, 1)
+                table[name, arch, 4, dim, "full"] = Config(32, 32, min(dim, 32), 8, 1)
+                table[name, arch, 8, dim, "full"] = Config(16, 16, 16 if dim <= 32 else 32, 4, 1)
             for name in ("weights", "bias"):
                 for size, block in ((2, 64), (4, 32), (8, 16)):
-                    table[name, arch, size, dim] = Config(block, block, min(dim, block), 4, 1)
-    # Two that would spill a register there.
-    table["backward_q", "sm86", 4, 64] = Config(32, 16, 32, 8, 1)
-    table["backward_q", "sm86", 8, 16] = Config(16, 16, 16, 8, 1)
+                    table[name, arch, size, dim, "full"] = Config(block, block, min(dim, block), 4, 1)
+    # On sm_86 the compiler aims at fewer registers, and these would spill.
+    table["backward_q", "sm86", 4, 64, "full"] = Config(32, 16, 32, 8, 1)
+    table["backward_kv", "sm86", 4, 64, "full"] = Config(32, 32, 32, 4, 1)
+    table["backward_q", "sm86", 8, 16, "full"] = Config(16, 16, 16, 8, 1)
+    table["bias", "sm86", 8, 64, "full"] = Config(16, 16, 16, 8, 1)
     return table
 
 
@@ -123,8 +139,8 @@ def cache_file(gpu: str) -> Path:
 def load(path: Path) -> None:
     """Take the rows of a file that `tune` wrote in place of the table's."""
     for row in json.loads(path.read_text()):
-        name, arch, size, dim = row["key"]
-        TABLE[name, arch, size, dim] = Config(**row["config"])
+        name, arch, size, dim, kind = row["key"]
+        TABLE[name, arch, size, dim, kind] = Config(**row["config"])
 
 
 @functools.lru_cache(maxsize=1)
@@ -133,9 +149,28 @@ def _load_tuned() -> None:
         load(cache_file(torch.cuda.get_device_name()))
 
 
-def pick(name: str, arch: str, size: int, dim: int) -> Config:
-    """The tile shape of a pass for elements of `size` bytes and heads of `dim` columns."""
+def fitted(shape: Config, name: str, arch: str, size: int, pair: int) -> Config:
+    """`shape` with as many stages as leave room for more than the table's own call needs: tiles of `pair`
+    bytes for each of their pairs (biases, which the pipeline copies too; what dropout rearranges), and a
+    little. `size`: bytes of an element of q.
+    """
+    m, n = shape.block_m, shape.block_n
+    held, streamed = {"backward_q": (2 * m, n), "backward_kv": (2 * n, m)}.get(name, (m, n))
+    row = shape.block_d * size
+
+    def needs(stages: int) -> int:
+        return held * row + stages * 2 * streamed * row + max(stages - 1, 1) * m * n * pair + _SLACK
+
+    stages = shape.num_stages
+    while stages > 1 and needs(stages) > SHARED_BYTES[arch]:
+        stages -= 1
+    return replace(shape, num_stages=stages)
+
+
+def pick(name: str, arch: str, size: int, dim: int, kind: str = "full") -> Config:
+    """The tile shape of a pass for elements of `size` bytes, heads of `dim` columns and a kind of mask."""
     if _override and name in _override[-1]:
         return _override[-1][name]
     _load_tuned()
-    return TABLE[name, arch, size, width(dim)]
+    full = TABLE[name, arch, size, width(dim), "full"]
+    return TABLE.get((name, arch, size, width(dim), kind), full)

@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .call import Call, cdiv, on_device
+from . import config
+from .call import Call, architecture, cdiv, on_device
+from .config import Config
 from .forward import attend_tile, finish_tile, first_state
 from .mask import block_intervals, key_ranges
 from .softmax import RELU, SIGMOID
 from .tile import Cache, load_rows, rows_at, unit_of
 
 _ROWS, _KEYS, _WARPS = 16, 64, 4
+_TILE_BYTES = 16384  # of keys
 _SPLIT_KEYS = 256  # the fewest that are worth a program
 _PROGRAMS = (
     264  # two for each multiprocessor of an H200: a constant, so that results do not depend on the GPU
@@ -110,7 +113,9 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     if not pairs:
         return
     widths = [max(16, triton.next_power_of_2(x.shape[-1])) for x in (call.q, call.v)]
-    keys = max(16, min(_KEYS, 16384 // max(widths)))
+    arch, size = architecture(call.q.device), call.q.element_size()
+    keys = max(16, min(_KEYS, _TILE_BYTES // (max(widths) * size)))
+    stages = config.fitted(Config(_ROWS, keys, max(widths), _WARPS, 3), "decode", arch, size, 4).num_stages
     splits = max(1, min(cdiv(_PROGRAMS, pairs), cdiv(call.seqlen_k, _SPLIT_KEYS)))
     wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     parts = torch.empty((pairs, splits, _ROWS, 2 + widths[1]), dtype=wide, device=out.device)
@@ -124,7 +129,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     with on_device(out):
         decode_split[(pairs * splits,)](
             call.rows(call.q), call.rows(call.k), call.rows(call.v), parts, terms, call.mask(), _cache(call),
-            *call.lengths_and_band(blocks), splits, N=keys, BLOCK_D=widths[0], **shape,
+            *call.lengths_and_band(blocks), splits, N=keys, BLOCK_D=widths[0], num_stages=stages, **shape,
         )  # fmt: skip
         merge_splits[(pairs,)](
             call.rows(out), call.vector(lse), parts, terms, call.seqlen_q, blocks, splits, **shape

@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from .call import Call, cdiv, on_device
-from .gather import (
-    Edges,
-    Items,
-    gather_backward_edges,
-    gather_backward_keys,
-    gather_backward_rows,
-    gather_forward,
-    merge_rows,
-    sum_pieces,
-)
+from .edges import Edges, Items
+from .gather import gather_forward, merge_rows
+from .gather_backward import gather_backward_edges, gather_backward_keys, gather_backward_rows, sum_pieces
 from .launch import statistics
 from .tile import Rows
 

@@ -20,12 +20,13 @@ from .config import Config, Key
 
 _SEQLEN, _HEADS, _TOKENS = 4096, 16, 16384
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-Timer = Callable[[str, torch.dtype, int], float]
+Timer = Callable[[str, torch.dtype, int, str], float]
 
 
 def candidates(key: Key) -> list[Config]:
     """The shapes worth a try for a row of the table, its own among them."""
-    own, (name, _, size, dim) = config.TABLE[key], key
+    (name, arch, size, dim, kind) = key
+    own = config.pick(name, arch, size, dim, kind)
     blocks = {2: (32, 64, 128), 4: (16, 32, 64), 8: (16, 32)}[size]
     found = [own]
     for m, n, warps, stages in itertools.product(blocks, blocks, (4, 8), (1, 2, 3)):
@@ -50,13 +51,13 @@ def tune(
         time = milliseconds
     name, arch = config.this_gpu()
     best: dict[Key, Config] = {}
-    for dim, size, one in itertools.product(dims, sizes, config.PASSES[:3]):
-        key = (one, arch, size, dim)
+    for dim, size, kind, one in itertools.product(dims, sizes, config.KINDS, config.PASSES[:3]):
+        key = (one, arch, size, dim, kind)
         timed = [(took, shape) for shape in candidates(key) if (took := _try(time, key, shape)) is not None]
         if timed:
             took, shape = min(timed, key=lambda x: x[0])
             best[key] = replace(shape, measured=f"{name}, {took:.3f} ms")
-            say(f"{one} {arch} {8 * size} bits, head_dim {dim}: {best[key]}")
+            say(f"{one} {arch} {8 * size} bits, head_dim {dim}, {kind}: {best[key]}")
     path = config.cache_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"key": list(key), "config": asdict(shape)} for key, shape in best.items()]
@@ -68,16 +69,16 @@ def tune(
 def _try(time: Timer, key: Key, shape: Config) -> float | None:
     from triton.runtime.errors import OutOfResources
 
-    name, _, size, dim = key
+    name, _, size, dim, kind = key
     try:
         with config.override({name: shape}):
-            return time(name, _DTYPES[size], dim)
+            return time(name, _DTYPES[size], dim, kind)
     except OutOfResources:
         return None
 
 
-def milliseconds(name: str, dtype: torch.dtype, dim: int) -> float:
-    """The median time of a causal pass at 4096 tokens."""
+def milliseconds(name: str, dtype: torch.dtype, dim: int, kind: str) -> float:
+    """The median time of a pass at 4096 tokens: causal, or a window of 512 keys."""
     import triton.testing
 
     from . import launch
@@ -89,7 +90,8 @@ def milliseconds(name: str, dtype: torch.dtype, dim: int) -> float:
     out, lse = torch.empty_like(q), torch.empty(size[:3], device="cuda", dtype=torch.float64)
     free = 1 << 62
     rest: list[Any] = [None] * 17
-    numbers: list[Any] = [[], [free, 0, free, free], [], 0, 0, 0, 0, dim**-0.5, 0.0, 0.0, 0.0, 0]
+    left = free if kind == "full" else 511
+    numbers: list[Any] = [[], [left, 0, free, free], [], 0, 0, 0, 0, dim**-0.5, 0.0, 0.0, 0.0, 0]
     call = Call(*[q, k, v, *rest, *numbers])
     launch.forward(call, out, lse)
     nothing = torch.empty(0, device="cuda")

@@ -107,7 +107,7 @@ def test_edge_attr_derivatives(backend: str) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, e: Tensor, w: Tensor) -> Tensor:
         return saccade.attention(q, k, v, graph(repeats=True), edge_attr=(e, w), backend=backend)
 
-    assert gradcheck(run, (q, k, v, e, w), check_forward_ad=True)
+    assert gradcheck(run, (q, k, v, e, w), check_forward_ad=True, fast_mode=backend == "triton")
     assert gradgradcheck(run, (q, k, v, e, w), fast_mode=True)
 
 

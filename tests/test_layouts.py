@@ -178,21 +178,20 @@ def test_sizes_of_zero(zero: str, activation: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["softmax", "relu", "sigmoid", "softmax1"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.many_calls)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_poison_that_no_row_keeps_goes_nowhere(
     activation: str, value: float, dtype: torch.dtype, backend: str
 ) -> None:
-    shape = Shape(2, 4, 2, 70, 90, 16, 16)
-    q, k, v = make_inputs(shape, dtype)
+    q, k, v = make_inputs(Shape(2, 2, 1, 20, 90, 16, 16), dtype)
     lengths = torch.tensor([0, 50])
-    unseen = (torch.arange(90) >= lengths[:, None])[:, None].expand(2, 2, 90)
-    graph = Graph.from_dense((torch.rand(70, 90) < 0.2) & (torch.arange(90) < 50))
+    unseen = (torch.arange(90) >= lengths[:, None])[:, None]
+    graph = Graph.from_dense((torch.rand(20, 90) < 0.1) & (torch.arange(90) < 50))
     for mask in (KeyPadding(lengths), KeyPadding(lengths) & Causal(), graph & KeyPadding(lengths)):
         options = {"activation": activation, "backend": backend, "dropout_p": 0.2, "seed": 1}
         clean = [q, k, v]
         dirty = [
-            poisoned(q, (lengths == 0)[:, None, None].expand(2, 4, 70), value),
+            poisoned(q, (lengths == 0)[:, None, None].expand(2, 2, 20), value),
             poisoned(k, unseen, value),
             poisoned(v, unseen, value),
         ]

@@ -15,7 +15,7 @@ from saccade.testing import Shape, check_attention, make_inputs
 if "triton" not in saccade.backends() or not saccade.ops_triton.INTERPRETED:
     pytest.skip("triton is not installed, or not interpreted", allow_module_level=True)
 
-from saccade.kernels import config, gather, tune
+from saccade.kernels import config, edges, tune
 from saccade.kernels.config import Config
 from saccade.kernels.mask import UNBOUNDED
 
@@ -134,18 +134,20 @@ def test_tuning_keeps_the_fastest_rows(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(config, "this_gpu", lambda: ("Some GPU (80 GB)", "sm90"))
     monkeypatch.setattr(config, "TABLE", dict(config.TABLE))
 
-    def time(name: str, dtype: torch.dtype, dim: int) -> float:
-        shape = config.pick(name, "sm90", 2, dim)
+    def time(name: str, dtype: torch.dtype, dim: int, kind: str) -> float:
+        shape = config.pick(name, "sm90", 2, dim, kind)
         return abs(shape.block_m - 32) + abs(shape.block_n - 64) + shape.num_warps + shape.num_stages
 
     best = tune.tune([64], [2], time, say=lambda line: None)
-    assert {key[0] for key in best} == set(config.PASSES[:3])
+    assert {key[0] for key in best} == set(config.PASSES[:3]) and {key[4] for key in best} == set(
+        config.KINDS
+    )
     for key, shape in best.items():
         assert (shape.block_m, shape.block_n, shape.num_warps, shape.num_stages) == (32, 64, 4, 1)
         assert "Some GPU" in shape.measured and config.TABLE[key] == shape
     (path,) = (tmp_path / "saccade").iterdir()
     rows = json.loads(path.read_text())
-    assert len(rows) == 3
+    assert len(rows) == 6
     rows[0]["config"] = {**rows[0]["config"], "num_warps": 16}
     path.write_text(json.dumps(rows))
     config.load(path)
@@ -157,4 +159,4 @@ def test_every_architecture_has_a_column() -> None:
     assert config.architecture((8, 0)) == "sm80" and config.architecture((9, 0)) == "sm90"
     assert config.architecture((8, 9)) == "sm86" == config.architecture((12, 0))
     assert config.width(1) == 16 and config.width(65) == 128 and config.width(1000) == 256
-    assert gather.Items._fields[-1] == "slot"
+    assert edges.Items._fields[-1] == "slot"

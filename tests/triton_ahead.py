@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs that are not here, from the real host code on meta tensors, and reads
 what came out. A program of its own, because TRITON_INTERPRET is read where kernels are declared.
 
-    python tests/triton_ahead.py sm90 2 [128] [backward_q ...] [window] [dropout] [sass]
+    python tests/triton_ahead.py sm90 2 [128] [backward_q ...] [dropout] [sass]
 
-    python tests/triton_ahead.py variants sm90
+    python tests/triton_ahead.py variants sm90 64 [bias ...]
 
 prints a JSON line for each kernel: architecture, bytes of an element, head_dim (all), passes (all).
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -69,21 +68,17 @@ def compiling(capability: int) -> Iterator[list[tuple[str, Any]]]:
 
 
 def facts(kernel: Any, sass: bool) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel, and on request its instructions."""
+    """Registers, stack (spills go there), shared memory of a compiled kernel, and on request instructions."""
     with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(kernel.asm["ptx"])
-        target = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"])
-        assert target is not None
-        command = [TOOLS / "ptxas", "-v", "--gpu-name", target[1], ptx, "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True).stderr
-        numbers = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
-        registers = re.search(r"Used (\d+) registers", told)
-        assert numbers is not None and registers is not None, told
-        result = {"shared": kernel.metadata.shared, "registers": int(registers[1]), "spills": int(numbers[1])}
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", cubin]
+        told = subprocess.run(command, capture_output=True, text=True).stdout
+        numbers = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
+        assert numbers is not None, told
+        registers, stack, local = map(int, numbers.groups())
+        result = {"shared": kernel.metadata.shared, "registers": registers, "stack": stack + local}
         if sass:
-            cubin = Path(folder, "kernel.cubin")
-            cubin.write_bytes(kernel.asm["cubin"])
             code = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True).stdout
             names = ("HGMMA", "HMMA", "DMMA", "LDGSTS", "LDSM", "MUFU.EX2")
             result["instructions"] = {n: len(re.findall(rf"\b{re.escape(n)}", code)) for n in names}
@@ -96,16 +91,21 @@ def main(arch: str, size: int, dims: list[int], options: list[str]) -> None:
 
     calls.architecture = lambda device: arch
     passes = [o for o in options if o in config.PASSES] or list(config.PASSES)
-    for dim in dims or config.DIMS:
-        for name in passes:
+    wanted = [
+        (n, arch, size, dim, kind) for dim in dims or config.DIMS for n in passes for kind in config.KINDS
+    ]
+    for key in wanted:
+        if key in config.TABLE:
             with compiling(CAPABILITY[arch]) as found:
-                launch_pass(name, DTYPES[size], dim, options)
+                launch_pass(key[0], DTYPES[size], key[3], key[4], "dropout" in options)
             for kernel_name, kernel in found:
-                line = {"pass": name, "kernel": kernel_name, "arch": arch, "size": size, "dim": dim}
-                print(json.dumps({**line, **facts(kernel, "sass" in options)}), flush=True)
+                print(
+                    json.dumps({"kernel": kernel_name, "key": key, **facts(kernel, "sass" in options)}),
+                    flush=True,
+                )
 
 
-def launch_pass(name: str, dtype: torch.dtype, dim: int, options: list[str]) -> None:
+def launch_pass(name: str, dtype: torch.dtype, dim: int, kind: str, dropout: bool) -> None:
     """The launches of one pass, for a causal call, or one with a window."""
     from saccade.kernels import launch
     from saccade.kernels.call import Call
@@ -121,8 +121,8 @@ def launch_pass(name: str, dtype: torch.dtype, dim: int, options: list[str]) -> 
     q, k, v, out, dout, dq, dk, dv = (empty(batch, heads, length, dim) for _ in range(8))
     lse, pairs = empty(batch, heads, length, kind=torch.float64), (batch, heads, length, length)
     bias = empty(*pairs) if name == "bias" else None
-    seed = empty(1, kind=torch.int64) if "dropout" in options else None
-    band = [128 if "window" in options else UNBOUNDED, 0, UNBOUNDED, UNBOUNDED]
+    seed = empty(1, kind=torch.int64) if dropout else None
+    band = [128 if kind == "window" else UNBOUNDED, 0, UNBOUNDED, UNBOUNDED]
     call = Call(
         q, k, v, bias, None, None, None, None, None, seed, *[None] * 10, [], band, [], 0, 0, 0, 0, dim**-0.5,
         0.0, 0.0, 0.0 if seed is None else 0.1, 0,
@@ -138,7 +138,7 @@ def launch_pass(name: str, dtype: torch.dtype, dim: int, options: list[str]) -> 
         launch.backward(call, dout, None, out, lse, grads, needs)
 
 
-def variants(arch: str, *only: str) -> None:  # noqa: C901
+def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
     """Every flag and every optional argument of the bodies, each compiled once: the interpreter never asks
     whether the compiler would take them.
     """
@@ -150,7 +150,7 @@ def variants(arch: str, *only: str) -> None:  # noqa: C901
     from saccade.maskbase import UNBOUNDED
 
     calls.architecture = lambda device: arch
-    batch, heads, heads_k, n, dim = 2, 4, 2, 256, 64
+    batch, heads, heads_k, n = 2, 4, 2, 256
 
     def empty(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
@@ -173,6 +173,7 @@ def variants(arch: str, *only: str) -> None:  # noqa: C901
               "cu_q": longs(3), "cu_k": longs(3), "max_q": n, "max_k": n}  # fmt: skip
     changes: dict[str, dict[str, Any]] = {
         "bias": {"bias": empty(batch, heads, n, n)},
+        "wide bias": {"bias": floats(batch, heads, n, n), "seed": longs(1), "dropout_p": 0.1},
         "relative": {"rel_bias": floats(heads, 2 * n - 1)},
         "additive": {"score": 1, "weight": floats(heads, dim)},
         "gatv2": {"score": 2, "weight": floats(heads, dim), "slope": 0.2, "softcap": 3.0},
@@ -183,11 +184,11 @@ def variants(arch: str, *only: str) -> None:  # noqa: C901
         "padding": {"lengths": longs(batch), "keep": empty(batch, n, kind=torch.bool)},
         "segments": {"q_ids": ints(batch, n), "k_ids": ints(batch, n), "activation": 1},
         "sigmoid": {"activation": 2},
-        "packed": {**packed, "rel_bias": floats(heads, 2 * n - 1)},
+        "packed": {**packed, "rel_bias": floats(heads, 2 * n - 1), "seed": longs(1), "dropout_p": 0.1},
         "graph": {"tiles": lists, "rel_bias": floats(heads, 2 * n - 1), "bias": empty(batch, heads, n, n)},
     }
     for name, change in changes.items():
-        if only and name not in only:
+        if name not in (only or changes):
             continue
         call = replace(plain, **change)
         with compiling(CAPABILITY[arch]) as found:
@@ -214,16 +215,21 @@ def variants(arch: str, *only: str) -> None:  # noqa: C901
     }  # fmt: skip
     few = replace(plain, q=empty(batch, heads, 1, dim))
     for name, change in caches.items():
+        if name not in (only or caches):
+            continue
         with compiling(CAPABILITY[arch]) as found:
             row = empty(batch, heads, 1, kind=torch.float64)
             decode.forward(replace(few, **change), empty(batch, heads, 1, dim), row)
         _print(name, arch, found)
     work = [ints(40), longs(40), longs(40), ints(40), ints(3), ints(4)]
-    for name, edge in {
+    edge_terms = {
         "edges": (None, None, None),
         "edge bias": (floats(heads, 900), None, None),
         "edge features": (floats(1, 900), empty(batch, heads, n, 8), empty(900, 8)),
-    }.items():
+    }
+    for name, edge in edge_terms.items():
+        if name not in (only or edge_terms):
+            continue
         for score in (0, 2) if name == "edge bias" else (0,):
             call = replace(plain, **changes["gatv2"]) if score else replace(plain, **changes["dropout"])
             g = launch_gather.GatherCall(call, work, ints(900), longs(900), *edge, 900)
@@ -253,7 +259,7 @@ def _print(name: str, arch: str, found: list[tuple[str, Any]]) -> None:
 
 
 if __name__ == "__main__" and sys.argv[1] == "variants":
-    variants(*sys.argv[2:])
+    variants(sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
 elif __name__ == "__main__":
     wanted = sys.argv[3:]
     main(

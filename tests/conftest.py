@@ -17,6 +17,8 @@ if os.environ.get("TRITON_INTERPRET") != "0" and importlib.util.find_spec("trito
 
 import saccade  # noqa: E402
 
+pytest_plugins = ["example"]
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

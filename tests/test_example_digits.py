@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example import EXAMPLES, program
 
-FOLDER = Path(__file__).parents[1] / "examples/digits"
-NAMES = ("model", "run", "common")
+FOLDER = EXAMPLES / "digits"
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER.parent)])
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    import run
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
-    for name in NAMES:
-        sys.modules.pop(name, None)
 
 
 def test_each_model_learns(run) -> None:
@@ -55,9 +36,7 @@ def test_the_attention_twin_gives_the_same_logits_and_gradients(run) -> None:
 
 
 def test_a_short_run_leaves_losses_and_a_picture(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "3", "--out", str(tmp_path)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=alone)
+    result = program(FOLDER, "--steps", "3", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     for part in ("patches", "pixels", "convolutions", "as attention", "unseen digits"):
         assert part in result.stdout

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example import EXAMPLES, program
 
-FOLDER = Path(__file__).parents[1] / "examples/graph_transformer"
+FOLDER = EXAMPLES / "graph_transformer"
 pytest.importorskip("networkx", reason="networkx is not installed")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("data", "model", "run"):
-        sys.modules.pop(name, None)
-    import run
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # steps of microseconds: on a busy machine, threads wait for each other
-    yield run
-    torch.set_num_threads(threads)
-    for name in ("data", "model", "run"):
-        sys.modules.pop(name)
 
 
 def test_the_club_is_divided_as_it_was(run) -> None:
@@ -60,9 +43,7 @@ def test_molecules_of_a_batch_do_not_mix(run) -> None:
 
 
 def test_a_short_run_leaves_losses_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "2", "--out", str(tmp_path)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=alone)
+    result = program(FOLDER, "--steps", "2", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     for part in ("karate club: 34 nodes", "block model: 4000 nodes", "molecules: 256", "right"):
         assert part in result.stdout
@@ -73,6 +54,5 @@ def test_a_short_run_leaves_losses_and_picture(tmp_path: Path) -> None:
 
 
 def test_bad_steps() -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "0"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = program(FOLDER, "--steps", "0")
     assert result.returncode == 2 and "at least 1" in result.stderr

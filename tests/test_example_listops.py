@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
+from example import EXAMPLES, program
 
-FOLDER = Path(__file__).parents[1] / "examples/listops"
-NAMES = ("data", "model", "run", "common")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER.parent)])
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    import run
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
-    for name in NAMES:
-        sys.modules.pop(name, None)
+FOLDER = EXAMPLES / "listops"
 
 
 def evaluate(words: list[str]) -> int:
@@ -127,9 +108,7 @@ def test_along_the_tree_one_operator_is_learnt(run) -> None:
 
 
 def test_a_short_run_leaves_table_and_picture(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "2", "--seen", "20", "--repeats", "1"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=alone)
+    result = program(FOLDER, "--steps", "2", "--seen", "20", "--repeats", "1", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     with (tmp_path / "patterns.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example import EXAMPLES, program
 
-FOLDER = Path(__file__).parents[1] / "examples/speaker"
-NAMES = ("voices", "data", "model", "run", "common")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER.parent)])
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    import run
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
-    for name in NAMES:
-        sys.modules.pop(name, None)
+FOLDER = EXAMPLES / "speaker"
 
 
 def test_the_layout_is_hw04s(run, tmp_path: Path) -> None:
@@ -98,9 +79,7 @@ def test_it_learns_a_few_voices(run, tmp_path: Path) -> None:
 
 
 def test_a_short_run_leaves_predictions_and_a_picture(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "1", "--speakers", "3", "--utterances", "3"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, env=alone)
+    result = program(FOLDER, "--steps", "1", "--speakers", "3", "--utterances", "3", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     for part in ("3 speakers", "validation", "test: "):
         assert part in result.stdout

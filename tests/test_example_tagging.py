@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example import EXAMPLES, program
 
-FOLDER = Path(__file__).parents[1] / "examples/tagging"
-NAMES = ("data", "model", "run", "common")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER.parent)])
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    import run
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
-    for name in NAMES:
-        sys.modules.pop(name, None)
+FOLDER = EXAMPLES / "tagging"
 
 
 def test_saw_is_a_verb_and_a_noun(run) -> None:
@@ -99,9 +80,7 @@ def test_verdicts_are_learnt(run) -> None:
 
 
 def test_a_short_run_leaves_losses_and_pictures(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "2", "--out", str(tmp_path)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=alone)
+    result = program(FOLDER, "--steps", "2", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     for part in ("tags, with context", "words with two tags", "verdicts, without context"):
         assert part in result.stdout

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from example import EXAMPLES, program
 
-FOLDER = Path(__file__).parents[1] / "examples/translation"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER.parent)])
-    for name in ("data", "model", "run", "common"):
-        sys.modules.pop(name, None)
-    import run
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run
-    torch.set_num_threads(threads)
-    for name in ("data", "model", "run", "common"):
-        sys.modules.pop(name, None)
+FOLDER = EXAMPLES / "translation"
 
 
 def test_words_of_numbers(run) -> None:
@@ -95,9 +77,7 @@ def test_bleu_is_sacrebleus(run) -> None:
 
 
 def test_a_short_run_leaves_losses_and_pictures(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "3", "--test", "10", "--out", str(tmp_path)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=alone)
+    result = program(FOLDER, "--steps", "3", "--test", "10", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     for part in ("greedy", "beam 4", "all at once", "BLEU", "->"):
         assert part in result.stdout
@@ -108,6 +88,5 @@ def test_a_short_run_leaves_losses_and_pictures(tmp_path: Path) -> None:
 
 
 def test_bad_steps() -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--steps", "0"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = program(FOLDER, "--steps", "0")
     assert result.returncode == 2 and "at least 1" in result.stderr

@@ -13,6 +13,7 @@ import torch
 
 from . import cases
 from .attention import AttentionWork
+from .encoder import EncoderWork, encoders
 from .graph import GraphWork
 from .graph_cases import graphs
 from .measure import Budget
@@ -61,6 +62,7 @@ def register(name: str, suite: Suite) -> None:
 
 _ATTENTION = (Part(AttentionWork, cases.models), Part(AttentionWork, cases.options))
 _MODULE = Part(ModuleWork, cases.modules)
+_ENCODER = Part(EncoderWork, encoders)
 _SWEEP = (
     Part(AttentionWork, cases.sweep),
     Part(AttentionWork, cases.windows),
@@ -69,7 +71,11 @@ _SWEEP = (
 
 register("attention", Suite("layers of well-known models, and what options cost", _ATTENTION, Budget(0.5, 3)))
 register("graph", Suite("graphs, edge by edge", (Part(GraphWork, graphs),), Budget(0.5, 3)))
-register("module", Suite("nn.MultiheadAttention, swapped and not", (_MODULE,), Budget(0.6, 5)))
 register(
-    "cpu", Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE), Budget(1.5, 5), True)
+    "module",
+    Suite("nn.MultiheadAttention and padded encoders, swapped and not", (_MODULE, _ENCODER), Budget(0.6, 5)),
+)
+register(
+    "cpu",
+    Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE, _ENCODER), Budget(1.5, 5), True),
 )

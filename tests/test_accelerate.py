@@ -116,13 +116,11 @@ def test_what_is_left_alone_has_a_reason() -> None:
         {
             "subclass": Widened(E, H),
             "patched": nn.MultiheadAttention(E, H),
-            "parametrized": nn.MultiheadAttention(E, H),
             "ours": saccade.nn.MultiheadAttention(E, H, window=(3, 0)),
             "broken": nn.MultiheadAttention(E, H),
         }
     )
     model["patched"].forward = lambda *_: None
-    nn.utils.parametrizations.orthogonal(model["parametrized"], "in_proj_weight")
     with torch.no_grad():
         model["broken"].in_proj_weight[0, 0] = torch.nan
     report = saccade.accelerate(model)
@@ -130,7 +128,6 @@ def test_what_is_left_alone_has_a_reason() -> None:
     texts = (
         "a subclass",
         "forward was replaced",
-        "before its weights are parametrized",
         "already",
         "not finite",
     )
@@ -139,6 +136,50 @@ def test_what_is_left_alone_has_a_reason() -> None:
     assert "left alone" in repr(report) and "Widened" in repr(report)
     assert saccade.restore(model) == [] and model["ours"].window == (3, 0)
     assert saccade.accelerate(model, verify=False).swapped == ["broken"]
+
+
+@pytest.mark.parametrize("order", ["parametrized first", "accelerated first"])
+@pytest.mark.parametrize("remove", [False, True])
+def test_parametrizations_stay(order: str, remove: bool) -> None:
+    """torch puts a class of its own on a parametrized module; ours goes under it, and back."""
+    model, x = Model(), torch.randn(2, 9, E)
+    if order == "accelerated first":
+        saccade.accelerate(model)
+    nn.utils.parametrizations.weight_norm(model.first, "in_proj_weight")
+    nn.utils.parametrizations.weight_norm(model.first.out_proj, "weight")
+    names, twin = list(model.state_dict()), copy.deepcopy(model)
+    saccade.restore(twin)
+    assert not isinstance(twin.first, saccade.nn.MultiheadAttention)
+    if order == "parametrized first":
+        assert saccade.accelerate(model).swapped == ["first", "cross", "layers.0", "layers.1"]
+    assert isinstance(model.first, saccade.nn.MultiheadAttention) and list(model.state_dict()) == names
+    results = []
+    for m in (model, twin):
+        m(x).square().sum().backward()
+        results.append([m(x), *(p.grad for p in m.first.parameters())])
+    for new, old in zip(*results, strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5)
+    if remove:
+        nn.utils.parametrize.remove_parametrizations(model.first, "in_proj_weight")
+    assert saccade.restore(model) == ["first", "cross", "layers.0", "layers.1"]
+    assert not isinstance(model.first, saccade.nn.MultiheadAttention)
+    assert (type(model.first) is nn.MultiheadAttention) == remove
+    torch.testing.assert_close(model(x), results[1][0])
+    if not remove:
+        nn.utils.parametrize.remove_parametrizations(model.first, "in_proj_weight")
+        assert type(model.first) is nn.MultiheadAttention
+
+
+def test_weight_norm_of_the_old_kind_and_spectral_norm() -> None:
+    model, x = Model(), torch.randn(2, 9, E)
+    nn.utils.weight_norm(model.first, "in_proj_weight")
+    nn.utils.spectral_norm(model.first.out_proj, "weight")
+    model.eval()
+    expected = model(x)
+    assert "first" in saccade.accelerate(model).swapped
+    torch.testing.assert_close(model(x), expected)
+    saccade.restore(model)
+    assert torch.equal(model(x), expected)
 
 
 def test_a_module_that_differs_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ LAYERS = [
     {"maskbase", "masks", "join", "graph", "locality", "patterns", "position", "scores", "dropout", "layout"},
     {"problem", "terms", "packed", "ops", "ops_triton", "bodies", "gather", "autograd", "backends"},
     {"functional", "reference", "explain"},
-    {"nn", "accelerate", "testing"},
+    {"nn", "integrations", "accelerate", "testing"},
     {"__init__", "__main__", "doctor"},
     {"benchmarks"},
 ]

@@ -4,6 +4,7 @@
 #include "attention_call.h"
 #include "cpu/dispatch.h"
 #include "cpu_run.h"
+#include "graph_call.h"
 #include "mask.h"
 #include "philox.h"
 
@@ -91,130 +92,20 @@ void forward_weights(StableIValue* stack, uint64_t, uint64_t) {
   for (const Tensor& t : {out, lse, found}) give(stack, at++, t);
 }
 
-// The graph and what belongs to its edges, after a Call. Rows must be contiguous along head_dim: copies are
-// made where they are not.
-struct GraphCall : Call {
-  Tensor indptr, indices;
-  OptionalTensor edge_ids, edge_bias, edge_q, edge_x;
-  int64_t num_edges = 0;
-
-  void read_graph(Stack& s) {
-    s.next<int64_t>();  // body: the gather operators have one
-    indptr = s.next<Tensor>();
-    indices = s.next<Tensor>();
-    edge_ids = s.next<OptionalTensor>();
-    edge_bias = s.next<OptionalTensor>();
-    edge_q = s.next<OptionalTensor>();
-    edge_x = s.next<OptionalTensor>();
-    num_edges = s.next<int64_t>();
-    for (Tensor* t : {&q, &k, &*v}) *t = dense_rows(*t);
-  }
-  static Tensor dense_rows(const Tensor& t) {
-    return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-  }
-  void fill_graph(GatherParams& p) const {
-    fill(p);
-    p.indptr = static_cast<const int64_t*>(indptr.const_data_ptr());
-    p.indices = static_cast<const int32_t*>(indices.const_data_ptr());
-    p.edge_ids = pointer<int64_t>(edge_ids);
-    p.edges = indices.size(0);
-    p.num_edges = num_edges;
-    p.edge_bias = pointer<void>(edge_bias);
-    p.edge_bias_head = edge_bias && edge_bias->size(0) > 1 ? edge_bias->stride(0) : 0;
-    if (edge_q) {
-      p.edge_q = rows_of(*edge_q);
-      p.edge_x = {const_cast<void*>(edge_x->const_data_ptr()),
-                  dtype_of(*edge_x),
-                  0,
-                  0,
-                  edge_x->stride(0),
-                  edge_x->stride(1)};
-      p.edge_dim = edge_x->size(1);
-    }
-  }
-  std::vector<int64_t> shape(int64_t columns) const { return {q.size(0), q.size(1), q.size(2), columns}; }
-};
-
 void gather_forward(StableIValue* stack, uint64_t, uint64_t) {
-  Stack s(stack);
-  GatherParams p;
-  GraphCall call;
-  call.read(s, true, p);
-  call.read_graph(s);
-  const std::vector<int64_t> order = s.next<std::vector<int64_t>>();
-  call.fill_graph(p);
-  const bool softmax = p.activation == Activation::kSoftmax || p.activation == Activation::kSoftmax1;
-  const Tensor out = empty_ordered(call.shape(p.head_dim_v), order, call.q.scalar_type(), call.q);
-  const Tensor lse =
-      empty(softmax ? std::vector<int64_t>{p.batch, p.heads, p.seqlen_q} : std::vector<int64_t>{0},
-            ScalarType::Double, call.q);
-  const Tensor out_edge =
-      empty(p.edge_dim ? call.shape(p.edge_dim) : std::vector<int64_t>{0}, call.q.scalar_type(), call.q);
-  p.out = rows_of(out);
-  if (p.edge_dim) p.out_edge = rows_of(out_edge);
-  call.set_lse(p, lse);
-  run(gather_kernels().forward(p), p);
-  int at = 0;
-  for (const Tensor& t : {out, lse, out_edge}) give(stack, at++, t);
+  GraphForward call;
+  call.read_forward(stack);
+  call.make_results();
+  run(gather_kernels().forward(call.p), call.p);
+  call.give_results(stack);
 }
 
 void gather_backward(StableIValue* stack, uint64_t, uint64_t) {
-  Stack s(stack);
-  GatherParams p;
-  GraphCall call;
-  const Tensor dout = GraphCall::dense_rows(s.next<Tensor>());
-  const OptionalTensor dlse = s.next<OptionalTensor>(), dout_edge = s.next<OptionalTensor>();
-  const Tensor out = s.next<Tensor>(), lse = s.next<Tensor>(), out_edge = s.next<Tensor>();
-  call.read(s, true, p);
-  call.read_graph(s);
-  const Tensor t_indptr = s.next<Tensor>(), t_rows = s.next<Tensor>(), t_edges = s.next<Tensor>();
-  p.needs = s.next<int64_t>();
-  call.fill_graph(p);
-  p.dout = rows_of(dout);
-  p.out = rows_of(out);
-  call.set_lse(p, lse);
-  OptionalTensor dense_dlse;
-  if (dlse) {
-    STD_TORCH_CHECK(dlse->scalar_type() == ScalarType::Double, "saccade: dlse is float64, as lse is");
-    dense_dlse = torch::stable::contiguous(*dlse);
-    p.dlse = static_cast<const double*>(dense_dlse->const_data_ptr());
-  }
-  if (p.edge_dim) {
-    p.out_edge = rows_of(out_edge);
-    p.dout_edge = rows_of(*dout_edge);
-  }
-  p.t_indptr = static_cast<const int64_t*>(t_indptr.const_data_ptr());
-  p.t_rows = static_cast<const int32_t*>(t_rows.const_data_ptr());
-  p.t_edges = static_cast<const int64_t*>(t_edges.const_data_ptr());
-
-  const ScalarType acc = accumulator(call.q);
-  const auto none = [&] { return empty({0}, acc, call.q); };
-  const auto like = [&](int64_t need, const Tensor& of, Rows& rows) {
-    if (!(p.needs & need)) return none();
-    const Tensor grad = empty_as(of);
-    rows = rows_of(grad);
-    return grad;
-  };
-  const auto sized = [&](int64_t need, const std::vector<int64_t>& sizes, void*& data) {
-    if (!(p.needs & need)) return none();
-    const Tensor grad = empty(sizes, acc, call.q);
-    data = grad.mutable_data_ptr();
-    return grad;
-  };
-  const Tensor dq = like(kNeedQ, call.q, p.dq), dk = like(kNeedK, call.k, p.dk),
-               dv = like(kNeedV, *call.v, p.dv);
-  const Tensor dweight = sized(kNeedWeight, {p.heads, p.head_dim}, p.dweight);
-  const Tensor dedge_bias =
-      sized(kNeedEdgeBias, {call.edge_bias ? call.edge_bias->size(0) : 0, p.num_edges}, p.dedge_bias);
-  const Tensor dedge_q = like(kNeedEdgeQ, call.edge_q ? *call.edge_q : call.q, p.dedge_q);
-  const Tensor dedge_x = sized(kNeedEdgeX, {p.num_edges, p.edge_dim}, p.dedge_x);
-  // Edges that an intersection left out have numbers too: their gradients are zero.
-  if (p.edges < p.num_edges)
-    for (Tensor t : {dedge_bias, dedge_x})
-      if (t.numel()) torch::stable::zero_(t);
-  run(gather_kernels().backward(p), p);
-  int at = 0;
-  for (const Tensor& t : {dq, dk, dv, dweight, dedge_bias, dedge_q, dedge_x}) give(stack, at++, t);
+  GraphBackward call;
+  call.read_backward(stack);
+  call.make_gradients();
+  run(gather_kernels().backward(call.p), call.p);
+  call.give_gradients(stack);
 }
 
 // The C++ transcriptions of the mask and of dropout, laid out densely: tests compare them with Mask.keep and

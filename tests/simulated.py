@@ -17,6 +17,7 @@ import pytest
 import torch
 from saccade import ops
 from saccade.problem import Spec
+from simulated_params import DTYPES, GatherParams, GradParams, Params, pointer, rows, set_lse
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -83,51 +84,6 @@ def run(command: list[str]) -> None:
 # ---- the kernels of csrc/cuda as operators on CPU tensors ----
 
 
-_KINDS: dict[str, Any] = {
-    "p": ctypes.c_void_p, "l": ctypes.c_int64, "d": ctypes.c_double, "i": ctypes.c_int32, "u": ctypes.c_uint64
-}  # fmt: skip
-
-
-def _fields(text: str) -> list[tuple[str, Any]]:
-    """Words `name:kind` or `name:kind*count`, in the order of csrc/params.h."""
-    found = []
-    for name, kind in (field.split(":") for field in text.split()):
-        base, _, count = kind.partition("*")
-        found.append((name, _KINDS[base] * int(count) if count else _KINDS[base]))
-    return found
-
-
-class Rows(ctypes.Structure):
-    _fields_ = _fields("data:p dtype:i batch:l head:l row:l col:l")
-
-
-class MaskParams(ctypes.Structure):
-    _fields_ = _fields("""
-        band:l*4 head_bounds:p chunks:p num_chunks:l lengths:p keep:p keep_batch:l q_ids:p k_ids:p
-        q_ids_batch:l k_ids_batch:l tile_ptr:p tile_col:p tile_bits:p""")
-
-
-_KINDS |= {"rows": Rows, "mask": MaskParams}
-
-
-class Params(ctypes.Structure):
-    _fields_ = _fields("""
-        batch:l heads:l heads_k:l seqlen_q:l seqlen_k:l head_dim:l head_dim_v:l
-        q:rows k:rows v:rows out:rows lse:p lse_batch:l lse_head:l bias:p bias_dtype:i bias_stride:l*4
-        rel_bias:p rel_size:l rel_center:l weight:p sink:p extra_k:p extra_v:p
-        cu_seqlens_q:p cu_seqlens_k:p seqused_k:p page_table:p page_table_batch:l page_size:l beam:p
-        beam_batch:l mask:mask score:i activation:i scale:d softcap:d slope:d dropout_p:d seed:u""")
-
-
-class GradParams(Params):
-    _fields_ = _fields("""
-        dout:rows dq:rows dk:rows dv:rows dlse:p dbias:p dbias_size:l*4 drel_bias:p dweight:p dextra_k:p
-        dextra_v:p needs:l""")
-
-
-DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
 class Simulated:
     """The CUDA kernels of one architecture, in the form in which saccade.autograd.attend takes operators."""
 
@@ -136,7 +92,7 @@ class Simulated:
         self.device = arch  # simulated devices are numbered by what they can do
         self.library = ctypes.CDLL(str(build_kernels()))
         self.library.saccade_sim_size.restype = ctypes.c_int64
-        for which, structure in enumerate((Params, GradParams)):
+        for which, structure in enumerate((Params, GradParams, GatherParams)):
             assert self.library.saccade_sim_size(which) == ctypes.sizeof(structure), structure.__name__
 
     def share(self, *tensors: Tensor | None) -> None:
@@ -156,6 +112,15 @@ class Simulated:
         if error:
             raise RuntimeError(error.decode())
 
+    def workspace(self, size_of: Any, p: Params, *more: Any) -> ctypes.c_void_p:
+        """What a launcher asks for, full of NaN. It lives until the next call asks."""
+        size_of.restype = ctypes.c_int64
+        size = size_of(ctypes.byref(p), *more)
+        memory = torch.full((size // 4 + 4,), torch.nan)
+        self.memory = memory[-memory.data_ptr() % 16 // 4 :][: size // 4]
+        self.share(self.memory)
+        return ctypes.c_void_p(self.memory.data_ptr())
+
     def fill(self, p: Params, spec: Spec, tensors: Sequence[Tensor | None]) -> None:
         q, k, v, bias, rel_bias, _, sink, *_ = tensors
         assert q is not None and k is not None and v is not None
@@ -171,6 +136,11 @@ class Simulated:
         p.sink = pointer(sink)
         at, args, mask = spec.layout, spec.args, p.mask
         p.cu_seqlens_q, p.cu_seqlens_k = pointer(at.cu_seqlens_q), pointer(at.cu_seqlens_k)
+        p.seqused_k, p.page_table, p.beam = map(pointer, (at.seqused_k, at.page_table, at.beam))
+        if at.page_table is not None:
+            p.page_table_batch, p.page_size = at.page_table.stride(0), k.shape[2]
+        if at.beam is not None:
+            p.beam_batch = at.beam.stride(0)
         mask.band = (ctypes.c_int64 * 4)(*args.band)
         for name in ("head_bounds", "lengths", "keep", "q_ids", "k_ids"):
             setattr(mask, name, pointer(getattr(args, name)))
@@ -181,6 +151,7 @@ class Simulated:
             setattr(p, name, getattr(spec, name))
         ids = (args.head_bounds, args.lengths, args.keep, args.q_ids, args.k_ids)
         self.share(q, k, v, bias, rel_bias, sink, *ids, at.cu_seqlens_q, at.cu_seqlens_k)
+        self.share(at.seqused_k, at.page_table, at.beam)
 
     def forward(
         self, spec: Spec, tensors: tuple[Tensor | None, ...], seed: Tensor | None, body: int
@@ -196,6 +167,10 @@ class Simulated:
         p.out = rows(out)
         set_lse(p, lse)
         self.share(out, lse, seed)
+        if body == ops.DECODE:
+            place = self.workspace(self.library.saccade_cuda_decode_workspace, p)
+            self.call("saccade_cuda_decode", p, seed, place)
+            return out, lse
         totals = (ctypes.c_int64(q.shape[0]), ctypes.c_int64(k.shape[0])) if self.arch == 90 else ()
         self.call(f"saccade_cuda_forward_sm{self.arch}", p, seed, *totals)
         return out, lse
@@ -228,30 +203,80 @@ class Simulated:
             sizes = [1 if s == 0 else n for n, s in zip(bias.shape, bias.stride(), strict=True)]
             found[3] = torch.full(sizes, torch.nan)
             p.dbias, p.dbias_size = found[3].data_ptr(), (ctypes.c_int64 * 4)(*sizes)
-        size_of = self.library.saccade_cuda_backward_workspace
-        size_of.restype = ctypes.c_int64
-        size = size_of(ctypes.byref(p), ctypes.c_int64(lse.numel()))
-        workspace = torch.full((size // 4 + 4,), torch.nan)
-        workspace = workspace[-workspace.data_ptr() % 16 // 4 :][: size // 4]
-        self.share(dout, dlse, out, lse, workspace, seed, *found)
-        place = [ctypes.c_void_p(workspace.data_ptr()), ctypes.c_int64(lse.numel())]
+        self.share(dout, dlse, out, lse, seed, *found)
+        count = ctypes.c_int64(lse.numel())
+        mode = (ctypes.c_int(self.deterministic), ctypes.c_int(self.device))
+        place = [self.workspace(self.library.saccade_cuda_backward_workspace, p, count, *mode), count]
         if self.arch == 90:
             place += [ctypes.c_int64(k.shape[0]), ctypes.c_int(self.deterministic)]
         self.call(f"saccade_cuda_backward_sm{self.arch}", p, seed, *place)
         return tuple(found)
 
+    def gather_forward(
+        self,
+        spec: Spec,
+        tensors: tuple[Tensor | None, ...],
+        edge_terms: tuple[Tensor | None, ...],
+        seed: Tensor | None,
+        order: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, v = tensors[0], tensors[2]
+        assert q is not None and v is not None
+        out = torch.full((*q.shape[:-1], v.shape[-1]), torch.nan, dtype=q.dtype)
+        lse = torch.full(q.shape[:-1], torch.nan, dtype=torch.float64)
+        p = self.graph(spec, tensors, edge_terms)
+        p.out = rows(out)
+        set_lse(p, lse)
+        self.share(out, lse, seed)
+        place = self.workspace(self.library.saccade_cuda_gather_forward_workspace, p)
+        self.call("saccade_cuda_gather_forward", p, seed, place)
+        return out, lse, q.new_empty(0)
 
-def pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+    def gather_backward(
+        self,
+        spec: Spec,
+        heads: tuple[Tensor | None, ...],
+        tensors: tuple[Tensor | None, ...],
+        edge_terms: tuple[Tensor | None, ...],
+        seed: Tensor | None,
+        needs: int,
+    ) -> tuple[Tensor, ...]:
+        dout, dlse, _, out, lse, _ = heads
+        assert dout is not None and out is not None and lse is not None and spec.args.graph is not None
+        p = self.graph(spec, tensors, edge_terms)
+        p.dout, p.out, p.needs = rows(dout), rows(out), needs
+        set_lse(p, lse)
+        dlse = None if dlse is None else dlse.contiguous()
+        p.dlse = pointer(dlse)
+        columns = spec.args.graph.columns()
+        p.t_indptr, p.t_rows, p.t_edges = map(pointer, columns)
+        found = [torch.empty(0) for _ in range(7)]
+        for bit, (name, x) in enumerate(zip(("dq", "dk", "dv"), tensors, strict=False)):
+            if needs & (1 << bit):
+                assert x is not None
+                found[bit] = torch.full_like(x, torch.nan)
+                setattr(p, name, rows(found[bit]))
+        if needs & 256:
+            assert edge_terms[0] is not None
+            left_out = p.edges < p.num_edges
+            found[4] = torch.full_like(edge_terms[0], 0.0 if left_out else torch.nan, dtype=torch.float32)
+            p.dedge_bias = found[4].data_ptr()
+        self.share(dout, dlse, out, lse, seed, *columns, *found)
+        place = self.workspace(self.library.saccade_cuda_gather_backward_workspace, p)
+        self.call("saccade_cuda_gather_backward", p, seed, place)
+        return tuple(found)
 
-
-def rows(t: Tensor) -> Rows:
-    packed = t.dim() == 3
-    batch = 0 if packed else t.stride(0)
-    return Rows(t.data_ptr(), DTYPES[t.dtype], batch, t.stride(1), t.stride(0 if packed else 2), t.stride(-1))
-
-
-def set_lse(p: Params, lse: Tensor) -> None:
-    p.lse = lse.data_ptr()
-    p.lse_batch = lse.stride(0) if lse.dim() == 3 else 0
-    p.lse_head = lse.stride(-2)
+    def graph(
+        self, spec: Spec, tensors: tuple[Tensor | None, ...], edge_terms: tuple[Tensor | None, ...]
+    ) -> GatherParams:
+        """A call's tensors and the edges of its graph."""
+        p, graph, (edge_bias, _, features) = GatherParams(), spec.args.graph, edge_terms
+        assert graph is not None
+        self.fill(p, spec, tensors)
+        p.indptr, p.indices, p.edge_ids = map(pointer, (graph.indptr, graph.indices, graph.edge_ids))
+        p.edges, p.num_edges = graph.indices.numel(), graph.num_edges
+        p.edge_bias = pointer(edge_bias)
+        p.edge_bias_head = 0 if edge_bias is None or edge_bias.shape[0] == 1 else edge_bias.stride(0)
+        p.edge_dim = 0 if features is None else features.shape[1]
+        self.share(graph.indptr, graph.indices, graph.edge_ids, edge_bias)
+        return p

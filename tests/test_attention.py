@@ -186,7 +186,8 @@ EDGE_AXES: dict[str, list[Any]] = {
     "activation": ["softmax", "relu", "softmax1"],
     "sink": [False, True],
     "dropout_p": [0.0, 0.3],
-    "mask": ["none", "causal&lengths", "keep"],
+    "mask": ["none", "causal&lengths", "keep", "head-window"],
+    "order": ["bhsd", "bshd", "bhds"],
 }
 
 
@@ -218,4 +219,4 @@ def test_edges_with_terms_and_repeats(case: dict[str, Any], backend: str) -> Non
     if case["features"] and case["score"] == "dot" and shape.head_dim == shape.head_dim_v:
         e, w = torch.randn(count, 3), torch.randn(shape.heads, shape.head_dim, 3) / 2
         options["edge_attr"] = tuple(x.to(case["dtype"]).requires_grad_() for x in (e, w))
-    check_attention(make_inputs(shape, case["dtype"]), mask, backend, **options)
+    check_attention(make_inputs(shape, case["dtype"], case["order"]), mask, backend, **options)

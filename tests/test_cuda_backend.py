@@ -1,24 +1,20 @@
-"""The cuda backend: what it refuses and why, which kernels a device gets, and its operators' entries, which
-run here on CPU tensors over the simulated kernels.
-"""
+"""The cuda backend: what it refuses and why, and which kernels a device gets."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import saccade
 import torch
-from saccade import Band, Causal, Chunks, Graph, KeyPadding, Segments, Window, ops
+from saccade import Band, Causal, Chunks, Graph, KeyPadding, Segments, ops
 from saccade.autograd import attend
 from saccade.backends import choose, cuda, reasons
 from saccade.functional import attend_with_weights
 from saccade.problem import Layout, Problem
-from saccade.testing import ORDERS, Shape, derivatives, leaves, make_inputs
-from simulated import CXX, Params, Simulated, build_operators, needs_compiler
+from saccade.testing import Shape, derivatives, make_inputs
+from simulated import Params, Simulated, needs_compiler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -40,8 +36,8 @@ def transposed_columns() -> Problem:
     return Problem.of(q, k.mT.contiguous().mT, v)
 
 
-def decoding() -> Problem:
-    q, k, v = make_inputs(SMALL, BF16)
+def decoding(trained: bool = False) -> Problem:
+    q, k, v = (x.requires_grad_(trained) for x in make_inputs(SMALL, BF16))
     return Problem.of(q, k, v, layout=Layout(seqused_k=torch.tensor([3, 36]), max_seqlen_k=36))
 
 
@@ -53,6 +49,7 @@ def packed() -> Problem:
 
 
 RELATIVE = torch.zeros(4)
+GRAPH = Graph.from_dense(torch.ones(40, 36).bool())
 
 # Name -> the problem and a word of each reason against it.
 PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -73,7 +70,18 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "keep": (lambda: problem_of(mask=KeyPadding(torch.ones(2, 36).bool())), ()),
     "segments": (lambda: problem_of(mask=Segments(torch.zeros(40).int(), torch.zeros(36).int())), ()),
     "chunks": (lambda: problem_of(mask=Chunks(8, align="end")), ("chunks",)),
-    "graph": (lambda: problem_of(mask=Graph.from_dense(torch.ones(40, 36).bool())), ("graphs",)),
+    "graph": (lambda: problem_of(mask=GRAPH), ()),
+    "fp32 graph": (lambda: problem_of(dtype=torch.float32, mask=GRAPH), ()),
+    "fp64 graph": (lambda: problem_of(dtype=torch.float64, mask=GRAPH), ("nor float32",)),
+    "edge bias": (lambda: problem_of(mask=GRAPH, edge_bias=torch.zeros(1440)), ()),
+    "edge features": (
+        lambda: problem_of(
+            mask=GRAPH, edge_attr=(torch.zeros(1440, 3).bfloat16(), torch.zeros(4, 16, 3).bfloat16())
+        ),
+        ("edge_attr",),
+    ),
+    "graph and bias": (lambda: problem_of(mask=GRAPH, bias=torch.zeros(40, 36)), ("a bias, a relative",)),
+    "relu graph": (lambda: problem_of(mask=GRAPH, activation="relu"), ("activations",)),
     "bias": (lambda: problem_of(bias=torch.zeros(40, 36)), ()),
     "fp64 bias": (lambda: problem_of(bias=torch.zeros(40, 36).double()), ("float64 bias",)),
     "alibi": (lambda: problem_of(position=saccade.ALiBi(torch.ones(4))), ()),
@@ -94,7 +102,9 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
         lambda: problem_of(extra_k=torch.zeros(4, 16).bfloat16(), extra_v=torch.zeros(4, 16).bfloat16()),
         ("extra_k",),
     ),
-    "cache": (decoding, ("key cache",)),
+    "cache": (decoding, ()),
+    "trained cache": (lambda: decoding(True), ("gradients through a key cache",)),
+    "one query": (lambda: problem_of(Shape(2, 4, 2, 1, 300, 16, 16)), ()),
     "two reasons": (lambda: problem_of(dtype=torch.float32, activation="relu"), ("float32", "activations")),
 }
 
@@ -109,25 +119,32 @@ def test_reasons_are_named(name: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name", sorted(PROBLEMS.keys() - {"trained alibi", "shaw"})
+    "name", sorted(PROBLEMS.keys() - {"trained alibi", "trained cache", "shaw"})
 )  # no matter of a call's Params
 def test_reasons_are_those_of_the_kernels(name: str) -> None:
     problem, kernels, p = PROBLEMS[name][0](), Simulated(80), Params()
     spec, tensors = problem.spec, ops.taken_tensors(problem.tensors)
     tensors = (*tensors[:3], ops.expanded_bias(spec, tensors[3]), *tensors[4:])
-    kernels.fill(p, spec, tensors)
+    if spec.args.graph is not None:
+        p = kernels.graph(spec, tensors, (problem.edge_bias, None, (problem.edge_attr or (None,))[0]))
+    else:
+        kernels.fill(p, spec, tensors)
     kernels.library.saccade_sim_forget()
     some = spec.layout.seqused_k if spec.layout.seqused_k is not None else problem.q
     for field, present in (("extra_k", problem.extra_k), ("seqused_k", spec.layout.seqused_k)):
         setattr(p, field, None if present is None else some.data_ptr())
     p.mask.num_chunks = len(spec.args.chunks) // 2
-    p.mask.tile_ptr = None if spec.args.graph is None else some.data_ptr()
-    refuses = kernels.library.saccade_cuda_refuses
-    refuses.restype = ctypes.c_char_p
+    names = ("saccade_cuda_refuses", "saccade_cuda_decode_refuses", "saccade_cuda_gather_refuses")
+    tiled, *others = (getattr(kernels.library, name) for name in names)
+    for refuses in (tiled, *others):
+        refuses.restype = ctypes.c_char_p
     found = cuda.beyond(problem)
-    assert bool(found) == (refuses(ctypes.byref(p), 80) is not None)
+    if chosen := cuda.body(problem):
+        assert bool(found) == (others[chosen - 1](ctypes.byref(p)) is not None)
+        return
+    assert bool(found) == (tiled(ctypes.byref(p), 80) is not None)
     if not found:
-        assert cuda.takes_hopper(problem) == (refuses(ctypes.byref(p), 90) is None)
+        assert cuda.takes_hopper(problem) == (tiled(ctypes.byref(p), 90) is None)
 
 
 def test_what_hopper_takes() -> None:
@@ -260,94 +277,16 @@ def test_a_device_gets_its_kernels(device: int, options: dict[str, Any], expecte
         assert not torch.equal(results[0][1], other)
 
 
-# ---- the operators' entries ----
-
-
-@pytest.fixture(scope="module")
-def entries() -> Iterator[Any]:
-    """torch.ops.saccade_sim: forward and backward of csrc/cuda_ops.cpp."""
-    if not ops.LOADED or shutil.which(CXX[0]) is None:
-        pytest.skip("needs the operator library and a C++ compiler")
-    library = build_operators()
-    registry = torch.library.Library("saccade_sim", "DEF")
-    for name in ("forward", "backward"):
-        registry.define(str(getattr(torch.ops.saccade, name).default._schema).removeprefix("saccade::"))
-    torch.ops.load_library(str(library))
-    everything = ctypes.CDLL(str(library))
-    everything.saccade_sim_share(None, ctypes.c_int64(2**63 - 1))
-    yield torch.ops.saccade_sim
-    registry._destroy()
-
-
-CALLS: dict[str, dict[str, Any]] = {
-    "causal": {"mask": Causal()},
-    "window and sink": {"mask": Window(9, 2), "sink": torch.randn(4)},
-    "bias": {"bias": torch.randn(4, 1, 36)},
-    "dropout": {"dropout_p": 0.4, "seed": 7},
-    "lengths": {"mask": KeyPadding(torch.tensor([3, 36]))},
-    "softmax1": {"activation": "softmax1", "softcap": 2.0, "scale": 0.7},
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("order", ORDERS)
-def test_entries(name: str, order: str, entries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between tensors and kernels: arguments, strides, workspaces and shapes agree with the CPU's entries."""
-    options = dict(CALLS[name])
-    tensors = [*make_inputs(SMALL, BF16, order), *leaves(options)]
-    results = []
-    for operators in (torch.ops.saccade, entries):
-        for operator in ("forward", "backward"):
-            overload = getattr(operators, operator).default
-            monkeypatch.setattr(getattr(torch.ops.saccade, operator), "default", overload)
-        outputs = attend(Problem.of(*tensors[:3], **options), ops.TILED)
-        results.append([*outputs, *derivatives(outputs, tensors)])
-        monkeypatch.undo()
-    for a, b in zip(*results, strict=True):
-        assert a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
-
-
-def test_entries_take_expanded_results(entries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vmap gives them: one forward pass for several gradients of its output."""
-    problem = problem_of(Shape(1, 2, 2, 9, 7, 16, 16), mask=Causal())
-    outputs = attend(problem, ops.TILED)
-    heads = [torch.randn(3, *x.shape).to(x.dtype) for x in outputs]
-    results = []
-    for operators in (torch.ops.saccade, entries):
-        monkeypatch.setattr(torch.ops.saccade.backward, "default", operators.backward.default)
-        pull = torch.func.vmap(lambda *h: torch.autograd.grad(outputs, (problem.q, problem.k), h, True))
-        results.append(pull(*heads))
-        monkeypatch.undo()
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
-
-
-def test_entries_refuse_by_name(entries: Any) -> None:
-    problem = problem_of(dtype=torch.float32)
-    order = (0, 1, 2, 3)
-    call = ops.call_arguments(problem.spec, None, ops.TILED)
-    with pytest.raises(RuntimeError, match="forward_sm80 does not serve tensors other than bf16 or fp16"):
-        entries.forward(*(x if x is None else x.detach() for x in problem.tensors[:9]), *call, order)
-
-
-@pytest.mark.skipif(not ops.CUDA_ARCHS, reason="the operator library was built without CUDA")
-def test_the_library_has_entries_for_cuda() -> None:
-    """It loaded in this torch, whether that knows CUDA or not."""
-    for name in ("forward", "backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"saccade::{name}", "CUDA")
-    assert not torch._C._dispatch_has_kernel_for_dispatch_key("saccade::weights", "CUDA")
-
-
-@pytest.mark.skipif("cuda" not in saccade.backends(), reason="no GPU, or kernels not compiled")
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
-    from saccade.testing import check_attention
-
-    options = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in CALLS[name].items()}
-    mask = options.pop("mask", None)
-    mask = None if mask is None else mask.to("cuda")
-    check_attention(
-        make_inputs(Shape(2, 4, 2, 147, 131, 64, 64), dtype, device="cuda"), mask, "cuda", **options
-    )
+def test_dense_graphs_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless this backend is named, or Triton is missing."""
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 64, 16, dtype=BF16, device="cuda")
+    dense, sparse = torch.ones(64, 64).bool(), torch.eye(64).bool()
+    for pairs, unasked in ((dense, False), (sparse, True)):
+        problem = problem_of(Shape(1, 2, 2, 64, 64, 16, 16), mask=Graph.from_dense(pairs))
+        assert not cuda.beyond(problem) and cuda.kernel(problem) == "gather"
+        object.__setattr__(problem, "q", q)  # it says that it lies on a GPU
+        monkeypatch.setattr(cuda.ops_triton, "FOUND", True)
+        assert cuda.serves_unasked(problem) == unasked
+        monkeypatch.setattr(cuda.ops_triton, "FOUND", False)
+        assert cuda.serves_unasked(problem)

@@ -24,11 +24,16 @@ MATRIX_90 = ("HGMMA", "UTMALDG.4D", "USETMAXREG", "WARPGROUP.DEPBAR", "SYNCS.PHA
 WANTED = {
     "forward_sm80": MATRIX_80,
     "forward_sm90": (*MATRIX_90, "UTMASTG.4D"),
+    "6decodeI": (*MATRIX_80, "LDGSTS.E.BYPASS.128"),
+    "decode_merge|gather_(forward|merge|rows|sum|backward_queries|backward_keys)": ("LDG.E.128",),
     "backward_keys_sm80": MATRIX_80,
     "backward_queries_sm80": MATRIX_80,
     "backward_bias_sm80": MATRIX_80[:3],
     "backward_sm90": (*MATRIX_90, "UBLKCP"),
     "13backward_sm90.*Lb1": ("UBLKRED",),  # the mode that adds dQ up
+    # Sums of all columns in a warpgroup, and weights handed over.
+    "13backward_sm90.*ILi256": ("HGMMA.64x256x16", "HGMMA.64x64x16", "BAR.ARV"),
+    "13backward_sm90.*ILi256ELb1": ("HGMMA.64x128x16",),
 }
 
 
@@ -109,7 +114,7 @@ def kernels_of(library: Path) -> list[Kernel]:
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             kernel = found[arch, match[1]]
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", line):
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)", line):
             kernel.instructions[match[1]] = kernel.instructions.get(match[1], 0) + 1
     return list(found.values())
 
@@ -141,3 +146,10 @@ def test_products_run_asynchronously(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         if products := kernel.count("HGMMA"):
             assert kernel.count("WARPGROUP.DEPBAR") * 2 < products, kernel.name
+
+
+def test_nothing_is_added_atomically(kernels: list[Kernel]) -> None:
+    """The bodies whose results repeat bitwise in every mode."""
+    for kernel in kernels:
+        if re.search("decode|gather", kernel.name):
+            assert not kernel.count("ATOM") and not kernel.count("RED."), kernel.name

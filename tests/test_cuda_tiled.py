@@ -28,16 +28,18 @@ pytestmark = needs_compiler
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def simulated(arch: int, inputs: Any, mask: Any = None, schedule: int = 0, **options: Any) -> Any:
+def simulated(
+    arch: int, inputs: Any, mask: Any = None, schedule: int = 0, body: int = 0, **options: Any
+) -> Any:
     """`arch` 90 adds dQ up in no fixed order; -90 is its deterministic mode."""
     kernels = Simulated(abs(arch), schedule, deterministic=arch != 90)
-    return attend(Problem.of(*inputs, mask, **options), 0, kernels)
+    return attend(Problem.of(*inputs, mask, **options), body, kernels)
 
 
-def check(arch: int, inputs: Any, mask: Any = None, schedule: int = 0, **options: Any) -> None:
+def check(arch: int, inputs: Any, mask: Any = None, schedule: int = 0, body: int = 0, **options: Any) -> None:
     """Output and lse of a kernel against the error of plain PyTorch."""
     with torch.no_grad():
-        got = simulated(arch, inputs, mask, schedule, **options)
+        got = simulated(arch, inputs, mask, schedule, body, **options)
         plain = plain_attention(*inputs, mask, return_lse=True, **options)
         wide = {name: widened(value) for name, value in options.items()}
         exact = plain_attention(*widened(inputs), mask, return_lse=True, **wide)
@@ -45,7 +47,9 @@ def check(arch: int, inputs: Any, mask: Any = None, schedule: int = 0, **options
         assert_no_worse_than(*values, name=name)
 
 
-def check_gradients(inputs: Any, mask: Any = None, arch: int = 80, schedule: int = 0, **options: Any) -> None:
+def check_gradients(
+    inputs: Any, mask: Any = None, arch: int = 80, schedule: int = 0, body: int = 0, **options: Any
+) -> None:
     """Output, lse and every gradient of the kernels, with a gradient of lse too."""
     tensors = [*inputs, *leaves(options)]
 
@@ -53,7 +57,7 @@ def check_gradients(inputs: Any, mask: Any = None, arch: int = 80, schedule: int
         outputs = attention(inputs, options)
         return [*outputs, *derivatives(outputs, [*inputs, *leaves(options)])]
 
-    got = run(lambda x, o: simulated(arch, x, mask, schedule, **o), inputs, options)
+    got = run(lambda x, o: simulated(arch, x, mask, schedule, body, **o), inputs, options)
     plain = run(lambda x, o: plain_attention(*x, mask, return_lse=True, **o), inputs, options)
     wide = {name: widened(value) for name, value in options.items()}
     exact = run(lambda x, o: plain_attention(*x, mask, return_lse=True, **o), widened(inputs), wide)

@@ -204,7 +204,38 @@ def test_inference_runs_on_saccade() -> None:
                 model(x, src_key_padding_mask=padding)
             assert calls.of("saccade.forward") == 2
             assert not calls.of("_transformer_encoder_layer_fwd") and not calls.of("scaled_dot_product")
-            assert packed or not calls.of("nested")
+            assert packed or padding is not None or not calls.of("nested")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("check", [False, True])
+def test_padding_is_left_out_where_torch_leaves_it_out(check: bool, norm: bool) -> None:
+    """With the same numbers at padded positions: in eval torch's encoder runs on nested tensors."""
+    layers = twins("TransformerEncoderLayer", E, H, 64, batch_first=True)
+    norms = [nn.LayerNorm(E) if norm else None for _ in layers]
+    theirs, ours = (
+        module.TransformerEncoder(layer, 2, one, mask_check=check).eval()
+        for module, layer, one in zip((nn, saccade.nn), layers, norms, strict=True)
+    )
+    for one in norms:
+        if one is not None:
+            nn.init.ones_(one.bias)
+    rows: list[int] = []
+    ours.layers[0].linear1.register_forward_hook(lambda _, args, out: rows.append(args[0].shape[:-1].numel()))
+    x, valid, every = torch.randn(N, S, E), int(VALID.sum()), N * S
+    cases = [
+        (PADDING, {}, torch.no_grad, valid), (PADDING, {}, torch.enable_grad, every),
+        (PADDING, {"mask": CAUSAL.isinf()}, torch.no_grad, every),
+    ]  # fmt: skip
+    if check:  # unchecked, torch's results are wrong unless padding comes last
+        cases.append((PADDING.flip(1), {}, torch.no_grad, every))
+    for padding, more, grad, count in cases:
+        with grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            got, want = (m(x, src_key_padding_mask=padding, **more) for m in (ours, theirs))
+        assert rows.pop() == count
+        keep = slice(None) if count == valid else ~padding
+        torch.testing.assert_close(got[keep], want[keep], rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_is_drawn_and_reproducible() -> None:

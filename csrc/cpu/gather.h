@@ -81,9 +81,10 @@ SACCADE_FORCE T lanes_sum(Vec<T> v) {
 
 constexpr int64_t kEdgeLanes = 16;  // edges handled together; at least a vector of every set
 
-// The edges of one step: their keys, their numbers, and which of them the rest of the mask keeps.
+// The edges of one step: their keys, their numbers, and which of them the rest of the mask keeps but for its
+// intervals, which may differ by head.
 struct EdgeGroup {
-  int64_t n;
+  int64_t n, b, row;
   int64_t key[kEdgeLanes], id[kEdgeLanes];
   bool kept[kEdgeLanes];
   bool live;  // all_edges_live: kept is not looked at
@@ -108,22 +109,22 @@ SACCADE_FORCE int64_t edges_ahead(int64_t at, int64_t n, int64_t edges) {
 SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
   const int64_t* b = p.mask.band;
   return b[0] == kUnbounded && b[1] == kUnbounded && b[2] == kUnbounded && b[3] == kUnbounded &&
-         !p.mask.num_chunks && !p.mask.lengths && !irregular(p.mask) && !p.edge_bias && p.dropout_p == 0 &&
-         is_softmax(p);
+         !p.mask.head_bounds && !p.mask.num_chunks && !p.mask.lengths && !irregular(p.mask) && !p.edge_bias &&
+         p.dropout_p == 0 && is_softmax(p);
 }
 
 static EdgeGroup edge_group(const GatherParams& p, int64_t b, int64_t row, int64_t begin, int64_t end) {
   EdgeGroup g;
   g.n = min64(kEdgeLanes, end - begin);
+  g.b = b;
+  g.row = row;
   g.live = all_edges_live(p);
   for (int64_t e = 0; e < g.n; ++e) {
     g.key[e] = p.indices[begin + e];
     g.id[e] = p.edge_ids ? p.edge_ids[begin + e] : begin + e;
   }
   if (g.live) return g;
-  const Interval keys = row_interval(p.mask, b, 0, row, p.seqlen_q, p.seqlen_k);
-  for (int64_t e = 0; e < g.n; ++e)
-    g.kept[e] = keys.begin <= g.key[e] && g.key[e] < keys.end && keeps_pair(p.mask, b, row, g.key[e]);
+  for (int64_t e = 0; e < g.n; ++e) g.kept[e] = keeps_pair(p.mask, b, row, g.key[e]);
   return g;
 }
 

@@ -134,9 +134,11 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, Ga
   for (int64_t e = g.n; e < kEdgeLanes; ++e) s[e] = -kInf<T>;
   if (g.live) return;
   const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
+  const Interval keys = row_interval(p.mask, g.b, h, g.row, p.seqlen_q, p.seqlen_k);
   for (int64_t e = 0; e < g.n; ++e) {
     const T add = bias ? bias[g.id[e]] : T(0);
-    s[e] = !g.kept[e] || add == -kInf<T> ? -kInf<T> : s[e] + add;
+    const bool kept = g.kept[e] && keys.begin <= g.key[e] && g.key[e] < keys.end;
+    s[e] = !kept || add == -kInf<T> ? -kInf<T> : s[e] + add;
   }
 }
 

@@ -91,10 +91,13 @@ std::string run_backward_sm80(const BackwardArgs& args, Stream stream) {
 
 }  // namespace saccade
 
-extern "C" int64_t saccade_cuda_backward_workspace(const saccade::GradParams* p, int64_t lse_count) {
+extern "C" int64_t saccade_cuda_backward_workspace(const saccade::GradParams* p, int64_t lse_count,
+                                                   int deterministic, int device) {
   const int64_t rows = saccade::backward_rows(*p, lse_count) * p->heads * (p->cu_seqlens_q ? 1 : p->batch);
   const int64_t wider = p->head_dim > p->head_dim_v ? p->head_dim : p->head_dim_v;
-  return 4 * rows * (3 + (wider <= 64 ? 64 : wider <= 128 ? 128 : 0));  // dQ's sums, on Hopper
+  const bool sums = !deterministic && p->needs & saccade::kNeedQ && saccade::capability(device) == 90 &&
+                    !saccade_cuda_refuses(p, 90);  // those of dQ, in Hopper's fast mode
+  return 4 * rows * (3 + (!sums ? 0 : wider <= 64 ? 64 : wider <= 128 ? 128 : 256));
 }
 
 extern "C" const char* saccade_cuda_backward_sm80(const saccade::GradParams* p, const int64_t* seed,

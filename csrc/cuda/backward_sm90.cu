@@ -33,8 +33,8 @@ std::string launch_hopper(Backward90Args& args, int64_t total_q, int64_t total_k
 
 // What the kernel of this file does; everything else goes to those of sm_80.
 bool serves(const GradParams& p) {
-  return !saccade_cuda_refuses(&p, 90) && p.softcap == 0 && p.head_dim <= 128 && p.head_dim_v <= 128 &&
-         !p.mask.head_bounds && tma_reads(p.dout, p.seqlen_q, p.heads, p.cu_seqlens_q ? 1 : p.batch) &&
+  return !saccade_cuda_refuses(&p, 90) &&
+         tma_reads(p.dout, p.seqlen_q, p.heads, p.cu_seqlens_q ? 1 : p.batch) &&
          p.needs & (kNeedK | kNeedV) && p.seqlen_k > 0;
 }
 
@@ -48,7 +48,7 @@ std::string backward(const GradParams& p, const int64_t* seed, void* workspace, 
   const bool add_queries = p.needs & kNeedQ && !deterministic;
   const int64_t total_q = lse_count / p.heads;
   const std::string error =
-      with_head_dim<64, 128>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, [&](auto size) {
+      with_head_dim<64, 128, 256>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, [&](auto size) {
         constexpr int kHeadDim = decltype(size)::value;
         return with_dtype(p.q.dtype, [&](auto type) {
           using T = decltype(type);

@@ -23,14 +23,30 @@ const char* saccade_cuda_forward_sm90(const saccade::Params* p, const int64_t* s
 
 // lse is contiguous, of lse_count elements; dlse lies as it does. `workspace`: so many bytes on the device,
 // 16-byte aligned, free again when the stream has passed. Every element of every gradient wanted is written.
-// On sm_80 results repeat bitwise; on Hopper those of dq do where `deterministic` is asked for, and what its
-// own kernels do not serve (head_dim above 128, softcap, bounds per head) goes to those of sm_80.
-int64_t saccade_cuda_backward_workspace(const saccade::GradParams* p, int64_t lse_count);
+// On sm_80 results repeat bitwise; on Hopper those of dq do where `deterministic` is asked for, and a call
+// whose dout TMA cannot read goes to the kernels of sm_80.
+int64_t saccade_cuda_backward_workspace(const saccade::GradParams* p, int64_t lse_count, int deterministic,
+                                        int device);
 const char* saccade_cuda_backward_sm80(const saccade::GradParams* p, const int64_t* seed, void* workspace,
                                        int64_t lse_count, int device, void* stream);
 const char* saccade_cuda_backward_sm90(const saccade::GradParams* p, const int64_t* seed, void* workspace,
                                        int64_t lse_count, int64_t total_k, int deterministic, int device,
                                        void* stream);
+
+// The decode body, for every GPU: forward alone, from a cache or not. `workspace` as above.
+const char* saccade_cuda_decode_refuses(const saccade::Params* p);
+int64_t saccade_cuda_decode_workspace(const saccade::Params* p);
+const char* saccade_cuda_decode(const saccade::Params* p, const int64_t* seed, void* workspace, int device,
+                                void* stream);
+
+// The gather body, for every GPU: graphs in CSR form; also fp32. Gradients repeat bitwise.
+const char* saccade_cuda_gather_refuses(const saccade::GatherParams* p);
+int64_t saccade_cuda_gather_forward_workspace(const saccade::GatherParams* p);
+int64_t saccade_cuda_gather_backward_workspace(const saccade::GatherParams* p);
+const char* saccade_cuda_gather_forward(const saccade::GatherParams* p, const int64_t* seed, void* workspace,
+                                        int device, void* stream);
+const char* saccade_cuda_gather_backward(const saccade::GatherParams* p, const int64_t* seed, void* workspace,
+                                         int device, void* stream);
 
 // Those of the device: Hopper's where it is one, they were compiled (SACCADE_HAS_SM90) and they serve the
 // call, else those of sm_80.

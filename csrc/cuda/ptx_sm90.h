@@ -98,105 +98,63 @@ SACCADE_DEVICE void wgmma_hold(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// A wgmma names each of its registers; these lists spell them out.
-#define SACCADE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SACCADE_D16(i) SACCADE_D4(i), SACCADE_D4(i + 4), SACCADE_D4(i + 8), SACCADE_D4(i + 12)
-#define SACCADE_D32(i) SACCADE_D16(i), SACCADE_D16(i + 16)
-#define SACCADE_D64(i) SACCADE_D32(i), SACCADE_D32(i + 32)
-#define SACCADE_LIST16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define SACCADE_LIST32                                                                    \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
-  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SACCADE_LIST64                                                                    \
-  SACCADE_LIST32                                                                          \
-  ", "                                                                                    \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
-  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SACCADE_LIST96                                                                    \
-  SACCADE_LIST64                                                                          \
-  ", "                                                                                    \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define SACCADE_LIST128                                                                    \
-  SACCADE_LIST96                                                                           \
-  ", "                                                                                     \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
-  "%125, %126, %127"
-#define SACCADE_COMMA(...) __VA_ARGS__
-#define SACCADE_WGMMA_SHARED(n, type, list, registers, a_at, b_at, on_at, trans_a_at, trans_b_at)      \
-  asm volatile("{\n.reg .pred on;\nsetp.ne.b32 on, " on_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
-               "k16.f32." type "." type " {" list "}, " a_at ", " b_at ", on, 1, 1, " trans_a_at       \
-               ", " trans_b_at ";\n}"                                                                  \
-               : registers                                                                             \
-               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kTransposedA)), "n"(int(kTransposed)))
-#define SACCADE_WGMMA_REGISTERS(n, type, list, registers, a_at, b_at, on_at, trans_at)                  \
-  asm volatile("{\n.reg .pred on;\nsetp.ne.b32 on, " on_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" n  \
-               "k16.f32." type "." type " {" list "}, {" a_at "}, " b_at ", on, 1, 1, " trans_at ";\n}" \
-               : registers                                                                              \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),              \
-                 "n"(int(kTransposed)))
-
 template <typename T>
 constexpr bool is_bf16 = false;
 template <>
 constexpr bool is_bf16<bf16> = true;
 
+// A wgmma names each of its registers. The sums come first, so what follows them has other numbers for every
+// width: a width is the names of its sums, the sums, and the seven numbers after them.
+#define SACCADE_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SACCADE_D16(i) SACCADE_D4(i), SACCADE_D4(i + 4), SACCADE_D4(i + 8), SACCADE_D4(i + 12)
+#define SACCADE_D64(i) SACCADE_D16(i), SACCADE_D16(i + 16), SACCADE_D16(i + 32), SACCADE_D16(i + 48)
+#define SACCADE_TEN(t) \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define SACCADE_SIXTY SACCADE_TEN() SACCADE_TEN(1) SACCADE_TEN(2) SACCADE_TEN(3) SACCADE_TEN(4) SACCADE_TEN(5)
+#define SACCADE_NAMES16 SACCADE_TEN() "%10, %11, %12, %13, %14, %15"
+#define SACCADE_NAMES32 SACCADE_TEN() SACCADE_TEN(1) SACCADE_TEN(2) "%30, %31"
+#define SACCADE_NAMES64 SACCADE_SIXTY "%60, %61, %62, %63"
+#define SACCADE_NAMES128                                                                    \
+  SACCADE_SIXTY SACCADE_TEN(6) SACCADE_TEN(7) SACCADE_TEN(8) SACCADE_TEN(9) SACCADE_TEN(10) \
+      SACCADE_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define SACCADE_WIDTHS(form)                                                                \
+  form(32, SACCADE_NAMES16, (SACCADE_D16(0)), 16, 17, 18, 19, 20, 21, 22);                  \
+  form(64, SACCADE_NAMES32, (SACCADE_D16(0), SACCADE_D16(16)), 32, 33, 34, 35, 36, 37, 38); \
+  form(128, SACCADE_NAMES64, (SACCADE_D64(0)), 64, 65, 66, 67, 68, 69, 70);                 \
+  form(256, SACCADE_NAMES128, (SACCADE_D64(0), SACCADE_D64(64)), 128, 129, 130, 131, 132, 133, 134)
+#define SACCADE_EXPAND(...) __VA_ARGS__
+#define SACCADE_WGMMA_OF(type, n, names, sums, a_at, b_at, on_at, modes, ...)                             \
+  asm volatile("{\n.reg .pred on;\nsetp.ne.b32 on, %" #on_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n \
+               "k16.f32." type "." type " {" names "}, " a_at ", %" #b_at ", on, 1, 1, " modes ";\n}"     \
+               : SACCADE_EXPAND sums                                                                      \
+               : __VA_ARGS__, "l"(b), "r"(int(accumulate)), "n"(int(kTransposed)))
+#define SACCADE_WGMMA(n, ...)                                                   \
+  if constexpr (N == n && is_bf16<T>) SACCADE_WGMMA_OF("bf16", n, __VA_ARGS__); \
+  if constexpr (N == n && !is_bf16<T>) SACCADE_WGMMA_OF("f16", n, __VA_ARGS__)
+#define SACCADE_FROM_SHARED(n, names, sums, p0, p1, p2, p3, p4, p5, p6) \
+  SACCADE_WGMMA(n, names, sums, "%" #p0, p2, p3, "%" #p1 ", %" #p4, "l"(a), "n"(int(kTransposedA)))
+#define SACCADE_FROM_REGISTERS(n, names, sums, p0, p1, p2, p3, p4, p5, p6)                              \
+  SACCADE_WGMMA(n, names, sums, "{%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}", p4, p5, "%" #p6, "r"(a[0]), \
+                "r"(a[1]), "r"(a[2]), "r"(a[3]))
+
+template <int N>
+constexpr bool is_width = N == 32 || N == 64 || N == 128 || N == 256;
+
 // d (+)= A B, A from shared memory.
 template <typename T, int N, bool kTransposed, bool kTransposedA = false>
 SACCADE_DEVICE void wgmma_shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(N == 32 || N == 64 || N == 128 || N == 256, "the widths that the kernels use");
-  if constexpr (N == 32 && is_bf16<T>)
-    SACCADE_WGMMA_SHARED("32", "bf16", SACCADE_LIST16, SACCADE_COMMA(SACCADE_D16(0)), "%16", "%17", "%18",
-                         "%19", "%20");
-  if constexpr (N == 32 && !is_bf16<T>)
-    SACCADE_WGMMA_SHARED("32", "f16", SACCADE_LIST16, SACCADE_COMMA(SACCADE_D16(0)), "%16", "%17", "%18",
-                         "%19", "%20");
-  if constexpr (N == 64 && is_bf16<T>)
-    SACCADE_WGMMA_SHARED("64", "bf16", SACCADE_LIST32, SACCADE_COMMA(SACCADE_D32(0)), "%32", "%33", "%34",
-                         "%35", "%36");
-  if constexpr (N == 64 && !is_bf16<T>)
-    SACCADE_WGMMA_SHARED("64", "f16", SACCADE_LIST32, SACCADE_COMMA(SACCADE_D32(0)), "%32", "%33", "%34",
-                         "%35", "%36");
-  if constexpr (N == 128 && is_bf16<T>)
-    SACCADE_WGMMA_SHARED("128", "bf16", SACCADE_LIST64, SACCADE_COMMA(SACCADE_D64(0)), "%64", "%65", "%66",
-                         "%67", "%68");
-  if constexpr (N == 128 && !is_bf16<T>)
-    SACCADE_WGMMA_SHARED("128", "f16", SACCADE_LIST64, SACCADE_COMMA(SACCADE_D64(0)), "%64", "%65", "%66",
-                         "%67", "%68");
-  if constexpr (N == 256 && is_bf16<T>)
-    SACCADE_WGMMA_SHARED("256", "bf16", SACCADE_LIST128, SACCADE_COMMA(SACCADE_D64(0), SACCADE_D64(64)),
-                         "%128", "%129", "%130", "%131", "%132");
-  if constexpr (N == 256 && !is_bf16<T>)
-    SACCADE_WGMMA_SHARED("256", "f16", SACCADE_LIST128, SACCADE_COMMA(SACCADE_D64(0), SACCADE_D64(64)),
-                         "%128", "%129", "%130", "%131", "%132");
+  static_assert(is_width<N>, "a width that the kernels use");
+  SACCADE_WIDTHS(SACCADE_FROM_SHARED);
 }
-
 // d (+)= A B, A from registers, as mma_16x8x16 holds it: warp w of the warpgroup has rows 16 w to 16 w + 15.
 template <typename T, int N, bool kTransposed>
 SACCADE_DEVICE void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  static_assert(N == 64 || N == 128 || N == 256, "the widths that the kernels use");
-  if constexpr (N == 64 && is_bf16<T>)
-    SACCADE_WGMMA_REGISTERS("64", "bf16", SACCADE_LIST32, SACCADE_COMMA(SACCADE_D32(0)), "%32, %33, %34, %35",
-                            "%36", "%37", "%38");
-  if constexpr (N == 64 && !is_bf16<T>)
-    SACCADE_WGMMA_REGISTERS("64", "f16", SACCADE_LIST32, SACCADE_COMMA(SACCADE_D32(0)), "%32, %33, %34, %35",
-                            "%36", "%37", "%38");
-  if constexpr (N == 128 && is_bf16<T>)
-    SACCADE_WGMMA_REGISTERS("128", "bf16", SACCADE_LIST64, SACCADE_COMMA(SACCADE_D64(0)),
-                            "%64, %65, %66, %67", "%68", "%69", "%70");
-  if constexpr (N == 128 && !is_bf16<T>)
-    SACCADE_WGMMA_REGISTERS("128", "f16", SACCADE_LIST64, SACCADE_COMMA(SACCADE_D64(0)), "%64, %65, %66, %67",
-                            "%68", "%69", "%70");
-  if constexpr (N == 256 && is_bf16<T>)
-    SACCADE_WGMMA_REGISTERS("256", "bf16", SACCADE_LIST128, SACCADE_COMMA(SACCADE_D64(0), SACCADE_D64(64)),
-                            "%128, %129, %130, %131", "%132", "%133", "%134");
-  if constexpr (N == 256 && !is_bf16<T>)
-    SACCADE_WGMMA_REGISTERS("256", "f16", SACCADE_LIST128, SACCADE_COMMA(SACCADE_D64(0), SACCADE_D64(64)),
-                            "%128, %129, %130, %131", "%132", "%133", "%134");
+  static_assert(is_width<N>, "a width that the kernels use");
+  SACCADE_WIDTHS(SACCADE_FROM_REGISTERS);
 }
-#undef SACCADE_WGMMA_SHARED
-#undef SACCADE_WGMMA_REGISTERS
+#undef SACCADE_FROM_SHARED
+#undef SACCADE_FROM_REGISTERS
+#undef SACCADE_WIDTHS
 
 template <int kRegisters>
 SACCADE_DEVICE void registers_shrink() {

@@ -6,20 +6,28 @@ namespace {
 
 bool is_16_bit(DType t) { return t == DType::kBFloat16 || t == DType::kFloat16; }
 
-const char* refuses(const Params& p) {
-  if (!is_16_bit(p.q.dtype) || p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype)
-    return "tensors other than bf16 or fp16";
+// On any GPU, by whatever body.
+const char* refuses_any(const Params& p) {
   if (p.head_dim > 256 || p.head_dim_v > 256) return "head_dim above 256";
   if (p.score != Score::kDot) return "scores other than the dot product";
   if (p.activation != Activation::kSoftmax && p.activation != Activation::kSoftmax1)
     return "activations other than softmax";
   if (p.mask.num_chunks) return "masks of chunks";
-  if (p.mask.tile_ptr) return "graphs";
   if (p.extra_k) return "extra_k and extra_v";
-  if (p.seqused_k || p.page_table || p.beam) return "decoding from a cache";
   if (p.bias && p.bias_dtype == DType::kFloat64) return "a float64 bias";
   if (p.seqlen_q >= 1 << 30 || p.seqlen_k >= 1 << 30) return "sequences of 2^30 rows and more";
   return nullptr;
+}
+
+const char* refuses_16_bit(const Params& p) {
+  if (!is_16_bit(p.q.dtype) || p.k.dtype != p.q.dtype || p.v.dtype != p.q.dtype)
+    return "tensors other than bf16 or fp16";
+  return p.mask.tile_ptr ? "graphs as tiles" : refuses_any(p);
+}
+
+const char* refuses(const Params& p) {
+  if (const char* reason = refuses_16_bit(p)) return reason;
+  return p.seqused_k || p.page_table || p.beam ? "decoding from a cache" : nullptr;
 }
 
 const char* refuses_sm90(const Params& p) {
@@ -40,4 +48,18 @@ const char* refuses_sm90(const Params& p) {
 extern "C" const char* saccade_cuda_refuses(const saccade::Params* p, int sm) {
   const char* reason = saccade::refuses(*p);
   return reason || sm != 90 ? reason : saccade::refuses_sm90(*p);
+}
+
+extern "C" const char* saccade_cuda_decode_refuses(const saccade::Params* p) {
+  if (const char* reason = saccade::refuses_16_bit(*p)) return reason;
+  return p->cu_seqlens_q || p->cu_seqlens_k ? "packed sequences" : nullptr;
+}
+
+extern "C" const char* saccade_cuda_gather_refuses(const saccade::GatherParams* p) {
+  const bool known = saccade::is_16_bit(p->q.dtype) || p->q.dtype == saccade::DType::kFloat32;
+  if (!known || p->k.dtype != p->q.dtype || p->v.dtype != p->q.dtype)
+    return "tensors other than fp32, bf16 or fp16";
+  if (p->edge_dim) return "edge features";
+  if (p->bias || p->rel_bias) return "a bias beside a graph";
+  return saccade::refuses_any(*p);
 }

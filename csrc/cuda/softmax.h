@@ -1,4 +1,4 @@
-// The online softmax of the tiled kernels (docs/numerics.md).
+// The online softmax of the tiled and decode kernels (docs/numerics.md).
 #pragma once
 #include "tile.h"
 
@@ -9,6 +9,22 @@ namespace saccade {
 template <int kBlocks>
 SACCADE_DEVICE float (&flat(float (&s)[kBlocks][4]))
     [kBlocks * 4] { return reinterpret_cast<float (&)[kBlocks * 4]>(s); }
+
+// From a row's maximum and sum, and the sink, to its lse; `scale` receives what its output is multiplied by.
+SACCADE_DEVICE double finish_row(const Terms& t, float top, float total, float sink, float& scale) {
+  // With the factor as it was used.
+  double highest = top == -kInfinity ? -double(kInfinity) : double(top) * t.factor * kLn2;
+  float mine = 1;
+  if (t.sink) {
+    const double pivot = highest > sink ? highest : double(sink);
+    const bool none = pivot == -double(kInfinity);
+    mine = none ? 0.0f : exp2_approx(float((highest - pivot) / kLn2));
+    total = total * mine + (none ? 0.0f : exp2_approx(float((sink - pivot) / kLn2)));
+    highest = pivot;
+  }
+  scale = total == 0 ? 0.0f : mine * t.keep_scale / total;
+  return total == 0 ? -double(kInfinity) : highest + double(logf(total));
+}
 
 // The running maximum and sum of a thread's two rows.
 struct RunningSoftmax {
@@ -41,24 +57,12 @@ struct RunningSoftmax {
     }
   }
 
-  // Joins the sums of the four lanes of a row and the sink; `scale` receives what the row's output is to be
-  // multiplied by. Returns lse.
+  // Joins the sums of the four lanes of a row, and finishes it.
   SACCADE_DEVICE_MEMBER double finish(const Terms& t, float sink, int half, float& scale) {
     float total = sum[half];
     total += shuffle_xor(total, 1);
     total += shuffle_xor(total, 2);
-    // With the factor as it was used.
-    double highest = top[half] == -kInfinity ? -double(kInfinity) : double(top[half]) * t.factor * kLn2;
-    float mine = 1;
-    if (t.sink) {
-      const double pivot = highest > sink ? highest : double(sink);
-      const bool none = pivot == -double(kInfinity);
-      mine = none ? 0.0f : exp2_approx(float((highest - pivot) / kLn2));
-      total = total * mine + (none ? 0.0f : exp2_approx(float((sink - pivot) / kLn2)));
-      highest = pivot;
-    }
-    scale = total == 0 ? 0.0f : mine * t.keep_scale / total;
-    return total == 0 ? -double(kInfinity) : highest + double(logf(total));
+    return finish_row(t, top[half], total, sink, scale);
   }
 };
 

@@ -15,6 +15,7 @@ void saccade_sim_forget() { saccade::sim::block.memory.clear(); }
 
 // Sizes of the structures that the tests spell out.
 int64_t saccade_sim_size(int which) {
-  return which ? int64_t(sizeof(saccade::GradParams)) : int64_t(sizeof(saccade::Params));
+  using namespace saccade;
+  return int64_t(which == 0 ? sizeof(Params) : which == 1 ? sizeof(GradParams) : sizeof(GatherParams));
 }
 }

@@ -241,6 +241,7 @@ TEST(wgmma_128_transposed_registers) { check_wgmma<bf16, 128, true, true>(); }
 TEST(wgmma_256_transposed) { check_wgmma<bf16, 256, true, false>(); }
 TEST(wgmma_32) { check_wgmma<fp16, 32, false, false>(); }
 TEST(wgmma_64_both_transposed) { check_wgmma<bf16, 64, true, false, true>(); }
+TEST(wgmma_128_both_transposed) { check_wgmma<fp16, 128, true, false, true>(); }
 
 // ---- bulk load: a run of numbers ----
 

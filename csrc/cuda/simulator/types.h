@@ -13,8 +13,14 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 namespace sim {

@@ -9,13 +9,18 @@ from torch import Tensor
 
 from .. import ops, ops_triton
 from ..autograd import ReferenceWeights, attend, attention_weights
+from ..bodies import is_decode, is_gather, needs_tiles
 from ..problem import DOT, NORMALISED, Problem
 
 NAME = "cuda"
 _OLDEST = 80
-_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last with a graph alone
 _HEAD_DIM = 256
 _ROWS = 1 << 30
+# Not yet measured: the rows of one tile of the decode kernel, and keys enough for it.
+_DECODE_ROWS = 16
+_DECODE_KEYS = 256
+_TILE_EDGES = 640  # of 4096 pairs, as Triton's
 
 
 def missing() -> list[str]:
@@ -48,6 +53,13 @@ def against_gpu(capability: tuple[int, int]) -> str:
     return f"sm_{sm}; the kernels were compiled for {', '.join(ops.CUDA_ARCHS)} alone"
 
 
+def body(problem: Problem) -> int:
+    """Which body runs the problem: every graph is the gather kernels'."""
+    if problem.spec.args.graph is not None:
+        return ops.GATHER
+    return ops.DECODE if is_decode(problem, _DECODE_ROWS, _DECODE_KEYS) else ops.TILED
+
+
 def beyond(problem: Problem) -> list[str]:
     """What the kernels lack for a problem, on any GPU."""
     spec, bias = problem.spec, problem.bias
@@ -56,16 +68,22 @@ def beyond(problem: Problem) -> list[str]:
     # Lengths that torch.compile leaves open must stay so.
     endless = not torch.compiler.is_compiling() and max(spec.seqlen_q, spec.seqlen_k) >= _ROWS
     position = type(problem.position).__name__
+    tracked = spec.layout.seqused_k is not None and any(
+        t is not None and t.requires_grad for t in problem.tensors
+    )
+    graph = args.graph is not None
+    dtypes = "bfloat16, float16 nor float32" if graph else "bfloat16 nor float16"
     found = (
-        (problem.q.dtype not in _DTYPES, f"{problem.q.dtype}, neither bfloat16 nor float16"),
+        (problem.q.dtype not in _DTYPES[: 2 + graph], f"{problem.q.dtype}, neither {dtypes}"),
         (max(spec.head_dim, spec.head_dim_v) > _HEAD_DIM, f"head_dim above {_HEAD_DIM}"),
         (spec.score != DOT, "scores other than the dot product"),
         (spec.activation not in NORMALISED, "activations other than softmax"),
         (problem.position is not None, f"position {position} is not in its kernels"),
         (bool(args.chunks), "masks of chunks"),
-        (args.graph is not None, "graphs"),
+        (needs_tiles(problem), "a bias, a relative position or an extra key beside a graph"),
+        (problem.edge_attr is not None, "edge_attr"),
         (problem.extra_k is not None, "extra_k and extra_v"),
-        (spec.layout.seqused_k is not None, "a key cache"),
+        (tracked, "gradients through a key cache"),
         (bias is not None and bias.dtype == torch.float64, "a float64 bias"),
         (trains, "the gradient of a relative bias"),
         (endless, "sequences of 2^30 rows and more"),
@@ -74,8 +92,12 @@ def beyond(problem: Problem) -> list[str]:
 
 
 def serves_unasked(problem: Problem) -> bool:
-    """Other devices need not ask for reasons."""
-    return problem.q.device.type == "cuda"
+    """Other devices need not ask for reasons. Graphs dense enough for tiles, and so for matrix instructions,
+    are Triton's unless this backend is named.
+    """
+    if problem.q.device.type != "cuda":
+        return False
+    return problem.spec.args.graph is None or not ops_triton.FOUND or is_gather(problem, _TILE_EDGES)
 
 
 def takes_hopper(problem: Problem) -> bool:
@@ -101,6 +123,8 @@ def _tma_reads(x: Tensor, sizes: tuple[int, int, int]) -> bool:
 
 def kernel(problem: Problem) -> str:
     """The name of the forward kernel that would run."""
+    if (chosen := body(problem)) != ops.TILED:
+        return "decode" if chosen == ops.DECODE else "gather"
     is_hopper = torch.cuda.get_device_capability(problem.q.device) == (9, 0) and "90a" in ops.CUDA_ARCHS
     return f"tiled sm_{90 if is_hopper and takes_hopper(problem) else 80}"
 
@@ -113,4 +137,7 @@ def run_with_weights(problem: Problem, average: bool) -> tuple[Tensor, Tensor]:
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem."""
-    return attend(problem, ops.TILED)
+    chosen, graph = body(problem), problem.spec.args.graph
+    if graph is not None and torch.is_grad_enabled():
+        graph.columns()  # for the backward pass; built inside the Function, torch.compile would refuse it
+    return attend(problem, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,16 +54,16 @@ def _detect(mask: AnyMask, is_causal: bool | None, x: Tensor, first: bool) -> bo
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """`torch.nn.TransformerEncoder` without a conversion to nested tensors: padded keys cost a bit each.
+    """`torch.nn.TransformerEncoder`. Where torch's would leave out padding (in eval, by nested tensors), this
+    one leaves it out too, with the same rows at padded positions: zeros, normed by `norm`.
 
     Args:
-        encoder_layer, num_layers, norm: torch's.
-        enable_nested_tensor, mask_check: kept as attributes; padding needs neither, nor torch's warning that
-            a layer cannot use them.
+        encoder_layer, num_layers, norm, enable_nested_tensor, mask_check: torch's, without its warning that a
+            layer cannot be run on nested tensors.
         windows: per layer (left, right), or None for what `encoder_layer` has.
         packed: with a bool src_key_padding_mask, run on the valid tokens alone, so that padding costs
-            nothing. Rows of the output at padded positions are then zeros; otherwise they hold ordinary
-            values, as torch's do in training. Valid rows are the same.
+            nothing in training either. Rows of the output at padded positions are then zeros; otherwise they
+            hold ordinary values, as torch's do in training. Valid rows are the same.
     """
 
     packed: bool = False
@@ -79,8 +80,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         packed: bool = False,
     ) -> None:
         layer: Any = encoder_layer
-        super().__init__(layer, num_layers, norm, enable_nested_tensor=False, mask_check=mask_check)
-        self.enable_nested_tensor = enable_nested_tensor
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "enable_nested_tensor is True")
+            super().__init__(layer, num_layers, norm, enable_nested_tensor, mask_check)
         _set_windows(self.layers, windows)
         if packed:
             self.packed = True
@@ -100,10 +102,14 @@ class TransformerEncoder(nn.TransformerEncoder):
         is_causal = _detect(mask, is_causal, src, first)
         if self.packed and padding is not None and padding.dtype == torch.bool and not src.is_nested:
             if self._can_pack(src, mask, padding, is_causal):
-                return self._run_packed(src, padding, first, is_causal)
+                return self._run_packed(src, padding, first, is_causal, None)
             out = self._run(src, mask, padding, is_causal)
             hidden = padding if src.dim() == 2 or first else padding.t()
             return out.masked_fill(hidden[..., None], 0.0)
+        if padding is not None and self._torch_leaves_out(src, mask, padding):
+            hidden = src.new_zeros(src.shape[-1])
+            hidden = hidden if self.norm is None else self.norm(hidden)
+            return self._run_packed(src, padding, first, is_causal, hidden)
         if src.is_nested and all(isinstance(x, TransformerEncoderLayer) for x in self.layers):
             rows = Rows(src)  # taken apart once for all layers
             return rows.close(rows.flat(self._run(rows.nested(rows.values), mask, padding, is_causal)))
@@ -133,7 +139,23 @@ class TransformerEncoder(nn.TransformerEncoder):
         # Windows and positions count tokens, so a gap between valid ones must keep its width.
         return not any(x._has_extras for x in attentions) or not bool(_has_gap(~padding))
 
-    def _run_packed(self, src: Tensor, padding: Tensor, first: bool, is_causal: bool) -> Tensor:
+    def _torch_leaves_out(self, src: Tensor, mask: AnyMask, padding: Tensor) -> bool:
+        """Whether torch's encoder would turn this call into nested tensors, and here it can be packed."""
+        first: Any = self.layers[0]
+        if first.training or mask is not None or padding.dtype != torch.bool or not self.use_nested_tensor:
+            return False
+        if src.is_nested or torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled():
+            return False
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (src, *first.parameters())):
+            return False
+        if not self._can_pack(src, mask, padding, False):
+            return False
+        return not self.mask_check or not bool((padding[:, :-1] & ~padding[:, 1:]).any())  # valid ones first
+
+    def _run_packed(
+        self, src: Tensor, padding: Tensor, first: bool, is_causal: bool, hidden: Tensor | None
+    ) -> Tensor:
+        """The layers on valid rows alone. `hidden` [E]: what stands at padded ones, else zeros."""
         keep = ~padding
         x = src if first else src.transpose(0, 1)
         lengths = keep.sum(1)
@@ -143,7 +165,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         longest = int(lengths.max()) if len(lengths) else 0
         rows = torch.nested.nested_tensor_from_jagged(values, ends, max_seqlen=longest)
         values = _nested.pack(self._run(rows, Causal() if is_causal else None, None, False)).values
-        out = values.new_zeros(x.shape[0] * x.shape[1], values.shape[-1]).index_copy(0, at, values)
+        hidden = values.new_zeros(values.shape[-1]) if hidden is None else hidden
+        out = hidden.expand(x.shape[0] * x.shape[1], -1).index_copy(0, at, values)
         out = out.view(*x.shape[:2], -1)
         return out if first else out.transpose(0, 1)
 

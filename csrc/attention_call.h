@@ -69,11 +69,12 @@ struct BackwardCall : Call {
     like(kNeedQ, q, p.dq);
     like(kNeedK, k, p.dk);
     like(kNeedV, *v, p.dv);
-    std::vector<int64_t> bias_sizes;
+    std::vector<int64_t> bias_sizes, rel_sizes;
     for (int i = 0; i < 4 && bias; ++i)
       bias_sizes.push_back(p.dbias_size[i] = p.bias_stride[i] ? bias->size(i) : 1);
+    for (int64_t i = 0; rel_bias && i < rel_bias->dim(); ++i) rel_sizes.push_back(rel_bias->size(i));
     sized(kNeedBias, bias_sizes, p.dbias);
-    sized(kNeedRelBias, {p.heads, p.rel_size}, p.drel_bias);
+    sized(kNeedRelBias, rel_sizes, p.drel_bias);
     sized(kNeedWeight, {p.heads, p.head_dim}, p.dweight);
     sized(kNeedExtraK, {p.heads, p.head_dim}, p.dextra_k);
     sized(kNeedExtraV, {p.heads, p.head_dim_v}, p.dextra_v);

@@ -44,8 +44,12 @@ struct Params {
   const void* bias = nullptr;  // [B, H, Sq, Sk], stride 0 where broadcast
   DType bias_dtype = DType::kFloat32;
   int64_t bias_stride[4] = {0, 0, 0, 0};
-  const void* rel_bias = nullptr;  // [H, rel_size] accumulator dtype; entry rel_center + j - (i + sk - sq)
+  // Accumulator dtype, with delta = j - (i + sk - sq). By distance: [H, rel_size], entry rel_center + delta.
+  // By query, where rel_row is not 0: [B, H, Sq, rel_size] or [H, total_q, rel_size], contiguous, entry
+  // rel_center + clip(delta, -rel_center, rel_center).
+  const void* rel_bias = nullptr;
   int64_t rel_size = 0, rel_center = 0;
+  int64_t rel_batch = 0, rel_head = 0, rel_row = 0;
   const void* weight = nullptr;   // [H, D] accumulator dtype, of the additive scores
   const void* sink = nullptr;     // [H] accumulator dtype
   const void* extra_k = nullptr;  // [H, D] dtype of k: one more key of each head, seen by every query
@@ -83,7 +87,7 @@ struct GradParams : Params {
   const double* dlse = nullptr;  // strides of lse
   void* dbias = nullptr;         // accumulator dtype, contiguous, size 1 where bias_stride is 0
   int64_t dbias_size[4] = {1, 1, 1, 1};
-  void* drel_bias = nullptr;  // [H, rel_size] accumulator dtype
+  void* drel_bias = nullptr;  // as rel_bias
   void* dweight = nullptr;    // [H, D]
   void* dextra_k = nullptr;   // [H, D]
   void* dextra_v = nullptr;   // [H, Dv]

@@ -169,8 +169,15 @@ struct Call {
     }
     if (rel_bias) {
       p.rel_bias = rel_bias->const_data_ptr();
-      p.rel_size = rel_bias->size(1);
+      const int64_t dims = rel_bias->dim();
+      p.rel_size = rel_bias->size(dims - 1);
       p.rel_center = p.seqlen_k - 1;
+      if (dims > 2) {
+        p.rel_center = p.rel_size / 2;
+        p.rel_row = p.rel_size;
+        p.rel_head = rel_bias->size(dims - 2) * p.rel_row;
+        p.rel_batch = dims == 4 ? p.heads * p.rel_head : 0;
+      }
     }
     p.weight = pointer<void>(weight);
     p.sink = pointer<void>(sink);

@@ -1,4 +1,4 @@
-"""Gradients of what is added to the logits: a dense bias in any broadcast shape, and a bias of the distance.
+"""Gradients of what is added to the logits: a dense bias in any broadcast shape, and biases of the distance.
 
 Each number is the sum of one program in a fixed order. A pass of its own recomputes the tiles: where the bias
 is broadcast, the passes over queries and keys would each have to add to numbers of others.
@@ -15,7 +15,7 @@ from torch import Tensor
 from .backward import load_statistics, tile_gradient
 from .call import Call, blocks_of, cdiv
 from .mask import block_intervals
-from .tile import Packed, load_rows, rows_at, sequence, unit_of
+from .tile import Packed, load_rows, relative_rows, rows_at, sequence, unit_of
 
 
 @triton.jit
@@ -166,6 +166,55 @@ def relative_bias_gradient(
     tl.store(drel + h.to(tl.int64) * rel_size + at, total, mask=(at >= 0) & (at < rel_size))
 
 
+@triton.jit(do_not_specialize=[
+    "seqlen_q", "seqlen_k", "blocks", "left_end", "right_end", "left_start", "right_start", "rel_size",
+])  # fmt: skip
+def query_bias_gradient(
+    q, k, v, dout, drel, stats, terms, mask, packed, tiles,
+    seqlen_q, seqlen_k, blocks, left_end, right_end, left_start, right_start, rel_size,
+    S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """drel of a bias by query, which comes full of zeros. A program owns the rows of M queries. Between the
+    ends of a row each number belongs to one key; the ends sum the far ones.
+    """
+    ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
+    DENSE: tl.constexpr = packed.cu_q is None
+    program = tl.program_id(0)
+    block = program % blocks
+    h = program // blocks % S.heads
+    b = program // blocks // S.heads
+    max_k = seqlen_k
+    sq, sk, q_begin, k_begin = sequence(b, seqlen_q, seqlen_k, packed)
+    band = (left_end, right_end, left_start, right_start)
+    unit, factor = unit_of(terms, S)
+    reach = rel_size // 2
+    i = block * M + tl.arange(0, M)
+    begin, end = block_intervals(i, b, h, sq, sk, band, mask)
+    rows = relative_rows(drel, i, b, h, rel_size, terms)
+    first = tl.zeros((M,), ACC)
+    last = tl.zeros((M,), ACC)
+    for j0 in range(0, sk, N):
+        some = (i < sq) & (begin < end) & (begin < j0 + N) & (end > j0)
+        tile = program * 0
+        if S.graph:
+            tile += tile_of(tiles, block, j0, N)
+        if (tl.max(some.to(tl.int32), 0) != 0) & (tile >= 0):
+            ds = logit_gradients(
+                q, k, v, dout, stats, b, h, block * M, j0, tile, sq, sk, q_begin, k_begin, max_k, rel_size,
+                terms, mask, band, unit, factor, S, M, N, BLOCK_D, BLOCK_DV, DENSE,
+            )  # fmt: skip
+            j = j0 + tl.arange(0, N)
+            delta = j[None, :] - i[:, None] - (sk - sq)
+            inside = (i < sq)[:, None] & (j < sk)[None, :]
+            near = (delta > -reach) & (delta < reach)
+            tl.store(rows[:, None] + (delta + reach), ds, mask=inside & near)
+            first += tl.sum(tl.where(inside & (delta <= -reach), ds, 0.0), 1)
+            last += tl.sum(tl.where(inside & (delta >= reach) & (delta > -reach), ds, 0.0), 1)
+    # With a reach of 0 both ends are one number.
+    tl.store(rows, first + tl.where(reach == 0, last, 0.0), mask=i < sq)
+    tl.store(rows + rel_size - 1, last, mask=(i < sq) & (reach > 0))
+
+
 def dense_gradient(call: Call, state: tuple[Any, ...], dbias: Tensor) -> None:
     """Fill dbias, whose dimensions of size 1 are summed over."""
     assert call.bias is not None
@@ -178,25 +227,33 @@ def dense_gradient(call: Call, state: tuple[Any, ...], dbias: Tensor) -> None:
     if not call.seqlen_k:
         dbias.zero_()
     elif grid:
-        _launch(dense_bias_gradient, call, state, dbias, grid, M=shape.block_m, N=shape.block_n,
+        _launch(dense_bias_gradient, call, state, dbias, grid, call.batch, M=shape.block_m, N=shape.block_n,
                 **{f"OVER_{name}": summed for name, summed in zip("BHQK", over, strict=True)})  # fmt: skip
 
 
 def relative_gradient(call: Call, state: tuple[Any, ...], drel: Tensor) -> None:
-    """Fill drel [H, max_q + max_k - 1]."""
+    """Fill drel, of rel_bias's shape."""
     shape = call.config("bias")
+    if call.is_by_query:
+        drel.zero_()
+        blocks = cdiv(call.seqlen_q, shape.block_m)
+        if grid := blocks * call.heads * call.batch:
+            _launch(query_bias_gradient, call, state, drel, grid, blocks, M=shape.block_m, N=shape.block_n)
+        return
     before = -(call.seqlen_q - 1) % shape.block_n
     grid = cdiv(drel.shape[1] + before, shape.block_n) * call.heads
     if call.seqlen_q and grid:
-        _launch(relative_bias_gradient, call, state, drel, grid, N=shape.block_n)
+        _launch(relative_bias_gradient, call, state, drel, grid, call.batch, N=shape.block_n)
 
 
-def _launch(kernel: Any, call: Call, state: tuple[Any, ...], grad: Tensor, grid: int, **tile: Any) -> None:
+def _launch(
+    kernel: Any, call: Call, state: tuple[Any, ...], grad: Tensor, grid: int, count: int, **tile: Any
+) -> None:
     shape = call.config("bias")
     dout, stats = state
     kernel[(grid,)](
         call.rows(call.q), call.rows(call.k), call.rows(call.v), dout, grad, stats, call.terms(),
-        call.mask(), Packed(call.cu_q, call.cu_k), call.tile_lists(False), *call.lengths_and_band(call.batch),
+        call.mask(), Packed(call.cu_q, call.cu_k), call.tile_lists(False), *call.lengths_and_band(count),
         S=call.static(), BLOCK_D=blocks_of(shape, call.q.shape[-1]),
         BLOCK_DV=blocks_of(shape, call.v.shape[-1]), **tile,
         num_warps=shape.num_warps, num_stages=shape.num_stages,

@@ -76,6 +76,11 @@ class Call:
         return self.max_k or self.k.shape[2]
 
     @property
+    def is_by_query(self) -> bool:
+        """Has the relative bias rows of its own for each query?"""
+        return self.rel_bias is not None and self.rel_bias.dim() > 2
+
+    @property
     def has_lse(self) -> bool:
         return self.activation not in (_RELU, _SIGMOID)
 
@@ -127,6 +132,7 @@ class Call:
             irregular=keeps,
             graph=bool(self.tiles),
             gaps=keeps or bool(self.tiles) or bool(self.chunks) or self.bias is not None,
+            by_query=self.is_by_query,
             far=self._is_far(),
         )
 
@@ -154,6 +160,10 @@ class Call:
             numbers=numbers,
             threshold=int(self.dropout_p * 65536.0 + 0.5),
         )
+        if self.rel_bias is not None and self.is_by_query:
+            head = self.rel_bias.shape[-2] * self.rel_bias.shape[-1]
+            batch = self.heads * head if self.rel_bias.dim() == 4 else 0
+            found = found._replace(rel_batch=batch, rel_head=head, rel_start=self.cu_q)
         if self.bias is None:
             return found
         batch, head, row, col = self.bias.stride()
@@ -182,7 +192,10 @@ class Call:
         if max(self.seqlen_q, self.seqlen_k) >= _LONGEST:
             raise ValueError(f"q, k: the triton kernels serve up to {_LONGEST - 1} rows of a sequence")
         band = (max(-UNBOUNDED, min(UNBOUNDED, x)) for x in self.band)
-        return (self.seqlen_q, self.seqlen_k, blocks, *band, self.seqlen_q + self.seqlen_k - 1)
+        distances = self.seqlen_q + self.seqlen_k - 1
+        if self.rel_bias is not None and self.is_by_query:
+            distances = self.rel_bias.shape[-1]
+        return (self.seqlen_q, self.seqlen_k, blocks, *band, distances)
 
 
 def architecture(device: torch.device) -> str:

@@ -61,7 +61,7 @@ class Terms(NamedTuple):
     bias_head: Any = 0
     bias_row: Any = 0
     bias_col: Any = 0
-    rel_bias: Any = None  # [H, max_q + max_k - 1]
+    rel_bias: Any = None  # by distance [H, max_q + max_k - 1], by query [B, H, Sq, R] or [H, total, R]
     weight: Any = None  # [H, D] of the additive scores
     sink: Any = None  # [H]
     extra_k: Any = None  # Rows [1, H, 1, D]
@@ -69,6 +69,9 @@ class Terms(NamedTuple):
     seed: Any = None  # [1] int64
     numbers: tuple[int, ...] = ()  # scale, softcap, slope, 1 / (1 - dropout_p): the bits of a double each
     threshold: Any = 0  # lanes below this are dropped
+    rel_batch: Any = 0  # strides of a relative bias by query
+    rel_head: Any = 0
+    rel_start: Any = None  # [B + 1], where sequences begin in it
 
 
 class Static(NamedTuple):
@@ -89,6 +92,7 @@ class Static(NamedTuple):
     bounded_left: bool = False  # some row's interval may begin after key 0
     irregular: bool = False  # padding by a boolean or segments: no tile is known to be whole
     graph: bool = False  # key tiles come from a list
+    by_query: bool = False  # the relative bias has rows of its own for each query, and clips distances
     cached: bool = False  # keys lie where a `Cache` says
     gaps: bool = False  # inside the range of a block's keys there may be one that no row keeps
     far: bool = False  # offsets inside a tile exceed 31 bits
@@ -306,6 +310,15 @@ def scores(
 
 
 @triton.jit
+def relative_rows(x, i, b, h, rel_size, terms):
+    """Pointers to the rows of queries i in x, a relative bias by query or its gradient."""
+    row = i.to(tl.int64)
+    if terms.rel_start is not None:
+        row += tl.load(terms.rel_start + b)
+    return x + b.to(tl.int64) * terms.rel_batch + h.to(tl.int64) * terms.rel_head + row * rel_size
+
+
+@triton.jit
 def logits(
     s, i, j, b, h, seqlen_q, seqlen_k, max_k, rel_size, terms,
     S: tl.constexpr, TRANSPOSED: tl.constexpr, EXTRA: tl.constexpr,
@@ -334,8 +347,14 @@ def logits(
                 # A row of finfo.min everywhere is a row of equal numbers, and stays one.
                 s = tl.where(bias == float("-inf"), bias, tl.maximum(s + bias, -1e11))
             if terms.rel_bias is not None:
-                at = terms.rel_bias + h.to(tl.int64) * rel_size + (max_k - 1)
-                s += tl.load(at + (key - row - (seqlen_k - seqlen_q)), mask=inside, other=0.0)
+                delta = key - row - (seqlen_k - seqlen_q)
+                if S.by_query:
+                    reach = rel_size // 2
+                    at = relative_rows(terms.rel_bias, row, b, h, rel_size, terms)
+                    at = at + tl.minimum(tl.maximum(delta, -reach), reach) + reach
+                else:
+                    at = terms.rel_bias + h.to(tl.int64) * rel_size + (max_k - 1) + delta
+                s += tl.load(at, mask=inside, other=0.0)
         return s, bent
 
 

@@ -132,7 +132,8 @@ class Simulated:
             strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
             p.bias_stride = (ctypes.c_int64 * 4)(*strides)
         if rel_bias is not None:
-            p.rel_bias, p.rel_size, p.rel_center = rel_bias.data_ptr(), rel_bias.shape[1], spec.seqlen_k - 1
+            p.rel_bias, p.rel_size, p.rel_center = rel_bias.data_ptr(), rel_bias.shape[-1], spec.seqlen_k - 1
+            p.rel_row = 0 if rel_bias.dim() == 2 else p.rel_size
         p.sink = pointer(sink)
         at, args, mask = spec.layout, spec.args, p.mask
         p.cu_seqlens_q, p.cu_seqlens_k = pointer(at.cu_seqlens_q), pointer(at.cu_seqlens_k)

@@ -39,7 +39,8 @@ class Params(ctypes.Structure):
     _fields_ = _fields("""
         batch:l heads:l heads_k:l seqlen_q:l seqlen_k:l head_dim:l head_dim_v:l
         q:rows k:rows v:rows out:rows lse:p lse_batch:l lse_head:l bias:p bias_dtype:i bias_stride:l*4
-        rel_bias:p rel_size:l rel_center:l weight:p sink:p extra_k:p extra_v:p
+        rel_bias:p rel_size:l rel_center:l rel_batch:l rel_head:l rel_row:l
+        weight:p sink:p extra_k:p extra_v:p
         cu_seqlens_q:p cu_seqlens_k:p seqused_k:p page_table:p page_table_batch:l page_size:l beam:p
         beam_batch:l mask:mask score:i activation:i scale:d softcap:d slope:d dropout_p:d seed:u""")
 

@@ -12,7 +12,7 @@ import saccade
 import torch
 from saccade import ops
 from saccade.problem import Problem
-from saccade.testing import Shape, make_inputs
+from saccade.testing import Shape, derivatives, make_inputs
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -233,6 +233,29 @@ def test_autocast_is_that_of_torch(dtype: torch.dtype, backend: str) -> None:
         assert wide.dtype == torch.float64
     out.sum().backward()
     assert q.grad is not None and q.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("terms", ["none", "edge_attr"])
+def test_autocast_leaves_the_arithmetic_wide(terms: str, backend: str) -> None:
+    q, k, v = (x.detach().bfloat16() for x in make_inputs(Shape(2, 2, 2, 9, 9, 16, 16)))
+    options: dict[str, Any] = {"return_lse": True, "backend": backend}
+    if terms == "edge_attr":
+        edges = saccade.Graph.from_dense(torch.rand(9, 9) < 0.5)
+        options |= {"mask": edges, "edge_attr": (torch.randn(edges.num_edges, 3), torch.randn(2, 16, 3))}
+    want = saccade.attention(q, k, v, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = saccade.attention(q, k, v, **options)
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.skipif(not ops.LOADED, reason="no operator library")
+def test_compile_leaves_strides_of_any_order_open() -> None:
+    torch._dynamo.reset()
+    inputs = make_inputs(Shape(2, 3, 3, 5, 7, 8, 8), order="sbhd")
+    got = torch.compile(saccade.attention, fullgraph=True, dynamic=True, backend="aot_eager")(*inputs)
+    want = saccade.attention(*inputs)
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(derivatives(got, inputs), derivatives(want, inputs))
 
 
 COMPILED = ["causal", "bias", "sink", "dropout", "padding", "graph", "alibi", "rope", "additive", "relu"]

@@ -90,3 +90,10 @@ def test_no_sequences() -> None:
         out = saccade.attention(q, k, v, bias=bias, backend="cpu")
         for grad in torch.autograd.grad(out.sum(), (q, bias)):
             assert not grad.any()
+
+
+def test_a_bias_without_elements_gets_a_gradient_of_its_shape() -> None:
+    q, k, v = (x.detach()[:0].requires_grad_() for x in make_inputs(SHAPE))
+    bias = torch.zeros(1, 1, 1, SHAPE.seqlen_k).expand(0, 1, SHAPE.seqlen_q, -1).detach().requires_grad_()
+    out = saccade.attention(q, k, v, bias=bias, backend="cpu")
+    assert torch.autograd.grad(out.sum(), bias)[0].shape == bias.shape

@@ -119,7 +119,7 @@ def test_reasons_are_named(name: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name", sorted(PROBLEMS.keys() - {"trained alibi", "trained cache", "shaw"})
+    "name", sorted(PROBLEMS.keys() - {"trained alibi", "trained cache"})
 )  # no matter of a call's Params
 def test_reasons_are_those_of_the_kernels(name: str) -> None:
     problem, kernels, p = PROBLEMS[name][0](), Simulated(80), Params()

@@ -172,13 +172,15 @@ def test_bad_input(kind: type[Exception], message: str, call: Callable[[], Any])
 
 
 def test_a_named_backend_never_falls_back_and_gives_every_reason() -> None:
-    options = {"position": saccade.Shaw(torch.randn(3, 8))}
+    distances = Q.shape[-2] + K.shape[-2] - 1
+    u, v = torch.zeros(2, Q.shape[-3], 8)
+    options = {"position": saccade.TransformerXL(torch.randn(distances, 8), u, v)}
     with pytest.raises(NotImplementedError) as caught:
         saccade.attention(Q, K, V, **options, backend="cpu")
     text = str(caught.value)
     assert (
         "'cpu' cannot run" in text
-        and "Shaw" in text
+        and "TransformerXL" in text
         and all(f"  {n}: " in text for n in ("cuda", "triton", "reference"))
     )
     for name in ("cuda", "triton"):

@@ -140,6 +140,15 @@ def test_dropout_is_for_training() -> None:
     assert torch.equal(module(x, index), module(x, index))
 
 
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
+def test_a_batch_of_none_has_weights_too(activation: str) -> None:
+    module = GraphMultiheadAttention(E, 2, activation=activation)
+    query = torch.randn(0, N, E, requires_grad=True)
+    out, weights = module(query, edges(N), need_weights=True)
+    assert out.shape == (0, N, E) and weights.shape == (0, 32, 2)
+    assert torch.autograd.grad(weights.sum() + out.sum(), query)[0].shape == query.shape
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_layer(norm: str, norm_first: bool) -> None:

@@ -82,6 +82,13 @@ def test_bias_and_graph(isa: str) -> None:
         check_attention((q, k, v), Causal(), "cpu", bias=bias)
 
 
+def test_relative_positions(isa: str) -> None:
+    for dtype in _dtypes(isa):
+        inputs = make_inputs(Shape(1, 4, 2, 70, 600, 24, 16), dtype)
+        table = torch.randn(31, 24).to(dtype).requires_grad_()
+        check_attention(inputs, Window(300, 9), "cpu", position=saccade.Shaw(table))
+
+
 def test_few_queries_over_many_keys(isa: str) -> None:
     for dtype in _dtypes(isa):
         check_attention(make_inputs(Shape(1, 4, 2, 2, 2500, 40, 24), dtype), None, "cpu")

@@ -314,3 +314,57 @@ def test_large_results_ask_for_large_pages() -> None:
         elif inside and line.startswith("VmFlags"):
             flags = line
     assert " hg" in flags
+
+
+DECODE: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout_p": 0.4, "seed": 5},
+    "additive": {"score": saccade.Additive(torch.linspace(-1, 1, 32).view(4, 8))},
+    "gatv2": {"score": saccade.GATv2(torch.linspace(-1, 1, 32).view(4, 8)), "softcap": 2.0},
+    "window of each head": {"mask": Window(torch.tensor([3, 40, 250, 0]), 2)},
+    "alibi": {"position": saccade.ALiBi(torch.tensor([0.5, 0.1, 0.0, -0.1]))},
+    "segments": {"mask": saccade.Segments(torch.ones(2, 66).int(), (torch.arange(600) % 3).expand(2, -1))},
+}
+
+
+@pytest.mark.parametrize("name", DECODE)
+@pytest.mark.parametrize("seqlen_q", [2, pytest.param(66, marks=pytest.mark.many_calls)])
+def test_decode_takes_every_option(name: str, seqlen_q: int, backend: str) -> None:
+    q, k, v = (x.detach() for x in make_inputs(Shape(2, 4, 2, seqlen_q, 600, 8, 6), torch.float64))
+    arguments = (q, k, v, torch.tensor([600, 77]))
+    want = saccade.attention_decode(*arguments, **DECODE[name], return_lse=True, backend="reference")
+    got = saccade.attention_decode(*arguments, **DECODE[name], return_lse=True, backend=backend)
+    torch.testing.assert_close(got, want)
+
+
+def test_few_queries_over_many_keys_keep_what_their_head_keeps(backend: str) -> None:
+    q, k, v = make_inputs(Shape(2, 4, 2, 2, 300, 8, 6), torch.float64)
+    mask = Window(torch.tensor([3, 40, 250, 0]), torch.tensor([0, 1, 0, 0]))
+    want = saccade.attention(q, k, v, mask, return_lse=True, backend="reference")
+    torch.testing.assert_close(saccade.attention(q, k, v, mask, return_lse=True, backend=backend), want)
+
+
+@pytest.mark.parametrize("score", ["dot", pytest.param("gatv2", marks=pytest.mark.many_calls)])
+def test_poison_goes_nowhere_below_a_softcap(score: str, backend: str) -> None:
+    q, k, v = make_inputs(Shape(2, 2, 1, 20, 90, 16, 16))
+    unseen = (torch.arange(90) >= torch.tensor([0, 50])[:, None])[:, None]
+    dirty = [q, poisoned(k, unseen), poisoned(v, unseen)]
+    options: dict[str, Any] = {"softcap": 2.0, "backend": backend}
+    if score == "gatv2":
+        options["score"] = saccade.GATv2(torch.linspace(-1, 1, 16))
+    graph = Graph.from_dense(torch.rand(20, 90) < 0.1)
+    for mask in (KeyPadding(keep=~unseen[:, 0]), graph & KeyPadding(keep=~unseen[:, 0])):
+        outs = [saccade.attention(*x, mask, **options) for x in ((q, k, v), dirty)]
+        assert torch.equal(*outs)
+        grads = [derivatives(o, x) for o, x in zip(outs, ((q, k, v), dirty), strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_no_sequences_and_no_keys(backend: str) -> None:
+    empty, cu = torch.zeros(0, 4, 8), torch.zeros(1, dtype=torch.int32)
+    out, lse = saccade.attention_varlen(empty, empty, empty, cu, cu, 0, 0, return_lse=True, backend=backend)
+    assert out.shape == (0, 4, 8) and lse.shape == (4, 0)
+    q, k, v = make_inputs(Shape(2, 4, 2, 3, 0, 8, 6))
+    keep = KeyPadding(keep=torch.zeros(2, 0, dtype=torch.bool))
+    for mask in (keep, saccade.Segments(torch.zeros(2, 3).int(), torch.zeros(2, 0).int())):
+        out, lse = saccade.attention(q, k, v, mask, return_lse=True, backend=backend)
+        assert out.shape == (2, 4, 3, 6) and not out.any() and bool((lse == -torch.inf).all())

@@ -52,6 +52,10 @@ def test_parts_with_tensors_are_their_definition() -> None:
     assert torch.equal(KeyPadding(keep=keep[0]).materialize(3, 4), keep[0].expand(3, 4))
     assert torch.equal(KeyPadding(2).materialize(3, 4), dense(3, 4, lambda i, j: j < 2))
 
+    assert KeyPadding(keep=keep[:, :0]).materialize(3, 0).shape == (2, 3, 0)
+    assert KeyPadding(lengths[:0]).materialize(3, 4).shape == (0, 3, 4)
+    assert Segments(lengths[:, None], lengths[:, None][:, :0]).materialize(1, 0).shape == (3, 1, 0)
+
     q_ids, k_ids = torch.tensor([[7, 1 << 40, -1]]), torch.tensor([[-1, 7, 7, 1 << 40]])
     expected = q_ids[:, :, None] == k_ids[:, None]
     assert torch.equal(Segments(q_ids, k_ids).materialize(3, 4), expected)

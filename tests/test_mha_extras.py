@@ -176,6 +176,20 @@ def test_masks_join() -> None:
     torch.testing.assert_close(plain(x, x, x, mask=graph)[0], by_hand(plain, (x, x, x), graph))
 
 
+def test_weights_of_repeated_edges() -> None:
+    plain = make(8, 2)
+    x = torch.randn(2, 4, 8).double().requires_grad_()
+    index = torch.tensor([[0, 0, 3, 2, 2, 1], [1, 1, 1, 0, 3, 3]])
+    graph = saccade.Graph.from_edge_index(index, 4)
+    out, weights = plain(x, x, x, mask=graph, average_attn_weights=False)
+    torch.testing.assert_close(out, by_hand(plain, (x, x, x), graph))
+    values = plain.in_proj_weight[16:] @ x.mT + plain.in_proj_bias[16:, None]  # [N, E, S]
+    mixed = torch.einsum("nhij,nhdj->nihd", weights, values.unflatten(1, (2, 4))).flatten(2)
+    torch.testing.assert_close(out, plain.out_proj(mixed))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x, x, x, mask=graph, average_attn_weights=False)[1], weights)
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_torchs_encoder_layer_cannot_bypass() -> None:
     """In eval torch's layer computes full attention from the weights, unless told they are not its own."""

@@ -214,7 +214,8 @@ def test_chosen_for_many_keys_it_warns_once(
 
     monkeypatch.setitem(choose.__globals__, "_warned", False)
     q, k = torch.randn(1, 1, 4), torch.randn(1, 4097, 4)
-    options = {"position": saccade.Shaw(torch.randn(3, 4))}
+    u, v = torch.randn(2, 1, 4)
+    options = {"position": saccade.TransformerXL(torch.randn(4097, 4), u, v)}
     for _ in range(2):
         saccade.attention(q, k, k, **options)
     saccade.attention(q, k, k, **options, backend="reference")

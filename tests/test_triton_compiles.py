@@ -53,18 +53,19 @@ def test_every_row_fits_and_none_spills(arch: str, size: int) -> None:
 def test_every_variant_compiles(arch: str, dim: int) -> None:
     """The interpreter runs what the compiler may refuse."""
     found = compiled("variants", arch, str(dim))
-    assert len({k["variant"] for k in found}) == 20
+    assert len({k["variant"] for k in found}) == 22
     assert {k["kernel"] for k in found} >= {
         "tiled_forward", "tiled_backward_q", "tiled_backward_kv", "row_statistics", "attention_weights",
-        "dense_bias_gradient", "relative_bias_gradient", "decode_split", "merge_splits", "gather_forward",
-        "merge_rows", "gather_backward_rows", "gather_backward_keys", "gather_backward_edges", "sum_pieces",
+        "dense_bias_gradient", "relative_bias_gradient", "query_bias_gradient", "decode_split",
+        "merge_splits", "gather_forward", "merge_rows", "gather_backward_rows", "gather_backward_keys",
+        "gather_backward_edges", "sum_pieces",
     }  # fmt: skip
     assert_fits(found, arch)
 
 
 def test_what_takes_most_shared_memory_fits_where_there_is_least() -> None:
     """The pipeline copies tiles of biases too."""
-    assert_fits(compiled("variants", "sm86", "64", "wide bias", "relative"), "sm86")
+    assert_fits(compiled("variants", "sm86", "64", "wide bias", "relative", "by query"), "sm86")
     assert_fits(compiled("variants", "sm86", "256", "wide bias", "pages"), "sm86")
 
 

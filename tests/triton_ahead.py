@@ -175,6 +175,8 @@ def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
         "bias": {"bias": empty(batch, heads, n, n)},
         "wide bias": {"bias": floats(batch, heads, n, n), "seed": longs(1), "dropout_p": 0.1},
         "relative": {"rel_bias": floats(heads, 2 * n - 1)},
+        "by query": {"rel_bias": floats(batch, heads, n, 17)},
+        "packed by query": {**packed, "rel_bias": floats(heads, 500, 17)},
         "additive": {"score": 1, "weight": floats(heads, dim)},
         "gatv2": {"score": 2, "weight": floats(heads, dim), "slope": 0.2, "softcap": 3.0},
         "sink": {"sink": floats(heads), "softcap": 2.0},

@@ -60,10 +60,6 @@ struct RowSplit {
   int64_t items_;
 };
 
-template <typename T, int S, int... I>
-SACCADE_FORCE Vec<T> exchange(Vec<T> v, Seq<I...>) {
-  return __builtin_shufflevector(v, v, (I ^ S)...);
-}
 template <typename T, int S = kLanes<T> / 2>
 SACCADE_FORCE T lanes_max(Vec<T> v) {
   if constexpr (S == 0)
@@ -71,14 +67,16 @@ SACCADE_FORCE T lanes_max(Vec<T> v) {
   else
     return lanes_max<T, S / 2>(vmax<T>(v, exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{})));
 }
-template <typename T, int S = kLanes<T> / 2>
+// In the order of sum_each: a row of one edge, whose output is its value, then finds dP equal to delta.
+template <typename T, int S = 1>
 SACCADE_FORCE T lanes_sum(Vec<T> v) {
-  if constexpr (S == 0)
+  if constexpr (S == kLanes<T>)
     return v[0];
   else
-    return lanes_sum<T, S / 2>(v + exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{}));
+    return lanes_sum<T, S * 2>(v + exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{}));
 }
 
+constexpr int64_t kNearBytes = 1 << 20;
 constexpr int64_t kEdgeLanes = 16;  // edges handled together; at least a vector of every set
 
 // The edges of one step: their keys, their numbers, and which of them the rest of the mask keeps but for its
@@ -89,6 +87,11 @@ struct EdgeGroup {
   bool kept[kEdgeLanes];
   bool live;  // all_edges_live: kept is not looked at
 };
+
+// Whether the rows that edges point to outgrow a core's cache.
+SACCADE_FORCE bool rows_lie_far(const GatherParams& p, int64_t rows, int64_t heads) {
+  return rows * heads * (p.head_dim + p.head_dim_v) * size_of(p.q.dtype) > kNearBytes;
+}
 
 // Asks for one head's part of the rows that come kEdgeLanes edges later, so that they are there when their
 // turn comes.
@@ -136,21 +139,30 @@ struct EdgeRows {
   SACCADE_MEMBER const S* row(int64_t e) const { return at[e] + offset; }
 };
 
-// s[e] = x . rows[e] for n rows; lanes run along d.
+// s[e] = x . rows[e] for up to W rows from e0 on, lanes along d; what follows in s is overwritten.
+template <typename T, typename S, int W>
+SACCADE_FORCE void some_dots(const T* x, const EdgeRows<S>& rows, int64_t e0, int64_t n, int64_t d, T* s) {
+  Vec<T> sums[W];
+#pragma GCC unroll 16
+  for (int l = 0; l < W; ++l) sums[l] = e0 + l < n ? dot_part<T, S>(x, rows.row(e0 + l), d) : Vec<T>{};
+  store(s + e0, sum_each<T, W>(sums));
+}
+
+// s[e] = x . rows[e] for n rows, 0 up to the end of their vector; s [kEdgeLanes].
 template <typename T, typename S>
 SACCADE_FORCE void edge_dots(const T* x, const EdgeRows<S>& rows, int64_t n, int64_t d, T* s) {
   constexpr int L = kLanes<T>;
-  int64_t e0 = 0;
-  for (; n - e0 > L / 2; e0 += L) {
-    Vec<T> sums[L];
-    for (int l = 0; l < L; ++l) sums[l] = e0 + l < n ? dot_part<T, S>(x, rows.row(e0 + l), d) : Vec<T>{};
-    butterfly<T, 1>(sums);
-    Vec<T> total = sums[0];
-#pragma GCC unroll 16
-    for (int l = 1; l < L; ++l) total += sums[l];
-    store(s + e0, total);
+  for (int64_t e0 = 0; e0 < n; e0 += L) {
+    const int64_t rest = n - e0;
+    if (L > 8 && rest > 8)
+      some_dots<T, S, L>(x, rows, e0, n, d, s);
+    else if (L > 4 && rest > 4)
+      some_dots<T, S, (L < 8 ? L : 8)>(x, rows, e0, n, d, s);
+    else if (L > 2 && rest > 2)
+      some_dots<T, S, (L < 4 ? L : 4)>(x, rows, e0, n, d, s);
+    else
+      some_dots<T, S, 2>(x, rows, e0, n, d, s);
   }
-  for (; e0 < n; ++e0) s[e0] = lanes_sum<T>(dot_part<T, S>(x, rows.row(e0), d));
 }
 
 // y += sum_e w(e) rows[e]; y is padded to whole vectors.

@@ -98,6 +98,7 @@ struct RowPass {
 
   void piece(RowSplit::Piece piece) {
     const int64_t group = p.heads / p.heads_k;
+    const bool far = rows_lie_far(p, p.seqlen_k, p.heads_k);
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
       const EdgeGroup e16 = edge_group(p, b, piece.row, at, piece.end);
       const int32_t* later = p.indices + at + kEdgeLanes;
@@ -108,13 +109,11 @@ struct RowPass {
       for (int64_t h = 0; h < p.heads; ++h) {
         w.rows.offset = h / group * p.k.head;
         values.offset = h / group * p.v.head;
-        if (h % group == 0) {
+        if (far && h % group == 0) {
           prefetch_rows<S>(p.k, b, h / group, later, ahead, p.head_dim);
           prefetch_rows<S>(p.v, b, h / group, later, ahead, p.head_dim_v);
         }
-        for (int64_t e = e16.n; e < kEdgeLanes; ++e) dP[e] = T(0);
         edge_dots<T, S>(dout + h * ldv, values, e16.n, p.head_dim_v, dP);
-        for (int64_t e = e16.n; e < kEdgeLanes; ++e) dP[e] = T(0);
         if (p.edge_dim) {
           T extra[kEdgeLanes];
           edge_dots<T, T>(dout_edge + h * w.lde, w.feature_rows, e16.n, p.edge_dim, extra);
@@ -150,7 +149,7 @@ struct RowPass {
       Vec<T> raw = grad * T(p.scale);
       if (p.softcap != 0) {
         const Vec<T> t = load(cap + c);
-        raw = raw * (T(1) - t * t);
+        raw = raw == T(0) ? none : raw * (T(1) - t * t);  // a masked edge's t may be NaN
       }
       store(g + c, raw);
     }
@@ -269,7 +268,7 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
   Arena arena{scratch}, shared{workspace};
   EdgeNumbers<T> numbers(p, shared);
   T *own = arena.take<T>(size), *keys = arena.take<T>(p.heads_k * ldk);
-  const bool live = all_edges_live(p);
+  const bool live = all_edges_live(p), far = rows_lie_far(p, p.seqlen_q, p.heads);
   const int64_t widest = max64(p.head_dim, p.head_dim_v);
   S* zeros = arena.take<S>(widest);
   memset(zeros, 0, size_t(widest) * sizeof(S));
@@ -298,8 +297,10 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
       for (int64_t h = 0; h < p.heads; ++h) {
         queries.offset = h * p.q.head;
         douts.offset = h * p.dout.head;
-        prefetch_rows<S>(p.q, b, h, later, ahead, p.head_dim);
-        prefetch_rows<S>(p.dout, b, h, later, ahead, p.head_dim_v);
+        if (far) {
+          prefetch_rows<S>(p.q, b, h, later, ahead, p.head_dim);
+          prefetch_rows<S>(p.dout, b, h, later, ahead, p.head_dim_v);
+        }
         const auto grad = [&grads, h](int64_t e) { return grads[e][h]; };
         const auto weight = [&weights, h](int64_t e) { return weights[e][h]; };
         const EdgeRows<S> live_queries = live ? queries : live_rows<T, S>(queries, grad, n, zeros);

@@ -119,9 +119,9 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, Ga
     const T* weight = static_cast<const T*>(p.weight) + h * p.head_dim;
     for (int64_t e = 0; e < g.n; ++e) s[e] = additive_edge<T, S>(p, weight, q, w.rows.row(e));
   }
-  for (int64_t e = g.n; e < kEdgeLanes; ++e) s[e] = T(0);
   for (int64_t c = 0; c < kEdgeLanes; c += kLanes<T>) {
-    Vec<T> x = load(s + c);
+    const VecI<T> inside = iota<T>() < typename VecOf<T>::Int(g.n - c);
+    Vec<T> x = inside ? load(s + c) : Vec<T>{};
     if (p.softcap != 0) {
       const Vec<T> t = tanhv<T>(x * T(p.scale / p.softcap));
       if (cap) store(cap + c, t);
@@ -129,9 +129,8 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, Ga
     } else {
       x = x * T(p.scale);
     }
-    store(s + c, x);
+    store(s + c, inside ? x : splat<T>(-kInf<T>));
   }
-  for (int64_t e = g.n; e < kEdgeLanes; ++e) s[e] = -kInf<T>;
   if (g.live) return;
   const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
   const Interval keys = row_interval(p.mask, g.b, h, g.row, p.seqlen_q, p.seqlen_k);
@@ -180,6 +179,7 @@ template <typename T, typename S>
 static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piece, GatherScratch<T, S>& w,
                           GatherState<T>& state) {
   const int64_t group = p.heads / p.heads_k;
+  const bool far = rows_lie_far(p, p.seqlen_k, p.heads_k);
   for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
     const EdgeGroup g = edge_group(p, b, piece.row, at, piece.end);
     const int32_t* later = p.indices + at + kEdgeLanes;
@@ -191,7 +191,7 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
     // heads are independent.
     for (int64_t h = 0; h < p.heads; ++h) {
       w.rows.offset = h / group * p.k.head;
-      if (h % group == 0) {
+      if (far && h % group == 0) {
         prefetch_rows<S>(p.k, b, h / group, later, ahead, p.head_dim);
         prefetch_rows<S>(p.v, b, h / group, later, ahead, p.head_dim_v);
       }

@@ -163,7 +163,7 @@ SACCADE_FORCE Vec<T> dot_part(const T* x, const S* row, int64_t d) {
   return sum;
 }
 // S[j][i] = key(j) . query_i for the few rows of a narrow block, lanes along d: kLanes keys at a time are
-// summed by a transposition. key(j) points to a contiguous row. Lanes of S beyond `rows` become 0.
+// summed together. key(j) points to a contiguous row. Lanes of S beyond `rows` become 0.
 template <typename T, typename Key>
 static void dot_scores(int64_t n, int64_t rows, int64_t lanes, int64_t d, Key key, const T* queries,
                        int64_t ldq, T* S) {
@@ -174,10 +174,7 @@ static void dot_scores(int64_t n, int64_t rows, int64_t lanes, int64_t d, Key ke
       Vec<T> sums[L];
       for (int l = 0; l < L; ++l)
         sums[l] = j0 + l < n ? dot_part<T>(queries + i * ldq, key(j0 + l), d) : Vec<T>{};
-      butterfly<T, 1>(sums);
-      Vec<T> total = sums[0];
-#pragma GCC unroll 16
-      for (int l = 1; l < L; ++l) total += sums[l];
+      const Vec<T> total = sum_each<T, L>(sums);
       for (int l = 0; l < L && j0 + l < n; ++l) S[(j0 + l) * lanes + i] = total[l];
     }
 }

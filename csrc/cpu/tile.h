@@ -6,6 +6,7 @@
 #include "../mask.h"
 #include "../philox.h"
 #include "operands.h"
+#include "relative.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -217,7 +218,7 @@ static BiasTile<T> bias_tile(const Params& p, const QueryBlock& q, const KeyTile
   return {buffer, q.lanes, 1};
 }
 
-// Entry i of the row of rel_bias that key j of the tile sees begins here and falls with i.
+// By distance: entry i of the row of rel_bias that key j of the tile sees begins here and falls with i.
 template <typename T>
 SACCADE_FORCE int64_t rel_index(const Params& p, const QueryBlock& q, int64_t j, int64_t i) {
   return p.rel_center + j - (q.i0 + i + q.seq.seqlen_k - q.seq.seqlen_q);
@@ -232,7 +233,7 @@ constexpr double kLargest = 1e11;
 template <typename T>
 static void finish_logits(const Params& p, const QueryBlock& q, const KeyTile& t, T* S, T* cap, T* buffer) {
   const T scale = T(p.scale), softcap = T(p.softcap), per_cap = T(p.softcap != 0 ? p.scale / p.softcap : 0);
-  const bool bias = p.bias && !t.extra, rel = p.rel_bias && !t.extra;
+  const bool bias = p.bias && !t.extra, rel = p.rel_bias && !t.extra && !is_by_query(p);
   BiasTile<T> tile{};
   if (bias) tile = bias_tile<T>(p, q, t, buffer);
   for (int64_t j = 0; j < t.n; ++j) {
@@ -258,6 +259,10 @@ static void finish_logits(const Params& p, const QueryBlock& q, const KeyTile& t
       for (int64_t i = 0; i < q.rows; ++i) row[i] += r[-i];
     }
   }
+  if (p.rel_bias && !t.extra && is_by_query(p))
+    add_clipped<T, kBlockM>(p,
+                            static_cast<const T*>(p.rel_bias) + rel_row_at(p, q.b, q.h, q.seq.q_begin + q.i0),
+                            t.j0 - (q.i0 + q.seq.seqlen_k - q.seq.seqlen_q), t.n, q.rows, q.lanes, S);
 }
 
 // Keys of a tile, counted from its first: the rows in the vector of lanes at i keep none outside.

@@ -2,7 +2,7 @@
 // keys of one key head and meets every query block in order, so dK and dV need no partner; dQ is the ordered
 // sum of one part per run of keys.
 #pragma once
-#include "tiled_forward.h"
+#include "tiled_relative.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -149,8 +149,8 @@ static void score_gradient(const GradParams& p, const QueryBlock& q, int64_t n, 
   for (int64_t x = 0; x < n * q.lanes; x += kLanes<T>) {
     Vec<T> g = load(w.dP + x) * scale;
     if (p.softcap != 0) {
-      const Vec<T> c = load(w.cap + x);
-      g = g * (T(1) - c * c);
+      const Vec<T> c = load(w.cap + x), none{};
+      g = g == T(0) ? none : g * (T(1) - c * c);  // a masked pair's c may be NaN
     }
     store(w.dP + x, g);
   }
@@ -234,14 +234,14 @@ SACCADE_FORCE bool meets(const QueryBlock& q, Interval run) {
 template <typename T>
 struct Parts {
   T *dQ, *extra_k, *extra_v;
-  double *rel, *weight;  // long sums
+  double *rel, *weight;  // long sums; rel by distance or, by query, the ends of rows
   int64_t rows;          // query rows over all sequences and heads
 
   Parts(const GradParams& p, Arena& a) {
     const int64_t runs = key_runs(p), parts = p.batch * runs;
     rows = p.batch * p.heads * round_up(p.seqlen_q, kBlockM);
     dQ = a.take<T>((p.needs & kNeedQ) && runs > 1 ? runs * rows * p.head_dim : 0);
-    rel = a.take<double>(p.needs & kNeedRelBias ? parts * p.heads * p.rel_size : 0);
+    rel = a.take<double>(p.needs & kNeedRelBias ? relative_parts(p, runs) : 0);
     weight = a.take<double>(p.weight ? parts * p.heads * p.head_dim : 0);
     extra_k = a.take<T>(p.extra_k ? p.batch * p.heads * round_up(p.head_dim, 16) : 0);
     extra_v = a.take<T>(p.extra_k ? p.batch * p.heads * round_up(p.head_dim_v, 16) : 0);
@@ -321,16 +321,13 @@ struct BiasRows {
 template <typename M>
 static void backward_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t,
                           const BackwardBlock<M>& block, BackwardBuffers<M>& w, KeySums<typename M::T> sums,
-                          double* dRel, double* dW, BiasRows<typename M::T>* dbias) {
+                          const RelativeShare<typename M::T>& dRel, double* dW,
+                          BiasRows<typename M::T>* dbias) {
   using T = typename M::T;
   const int64_t D = p.head_dim;
   const TileOperands<M> o = gradient_tile<M>(p, q, t, block, w);
   add_rows<M>(q, o.parts, sums.ldv, block.dout_rows, w.S, sums.dV, w.weights);
-  if (dRel && !t.extra)
-    for (int64_t j = 0; j < t.n; ++j) {
-      double* r = dRel + rel_index<T>(p, q, t.j0 + j, 0);
-      for (int64_t i = 0; i < q.rows; ++i) r[-i] += w.dP[j * q.lanes + i];
-    }
+  dRel.add(p, q, t, w.dP);
   if (dbias && !t.extra) dbias->add(q, t, w.dP, w.S);
   score_gradient<M>(p, q, t.n, w);
   if constexpr (M::kSharesTile) {
@@ -373,10 +370,8 @@ static void backward_run(const GradParams& p, int64_t b, int64_t hk, int64_t run
   memset(sums.dK, 0, size_t(held * w.ld) * sizeof(T));
   memset(sums.dV, 0, size_t(held * w.ldv) * sizeof(T));
   for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
-    double* dRel =
-        p.needs & kNeedRelBias ? parts.rel + ((b * runs + run) * p.heads + h) * p.rel_size : nullptr;
+    RelativeShare<T> dRel(p, parts.rel, b * runs + run, h);
     double* dW = p.weight ? parts.weight + ((b * runs + run) * p.heads + h) * D : nullptr;
-    if (dRel) memset(dRel, 0, size_t(p.rel_size) * sizeof(double));
     if (dW) memset(dW, 0, size_t(D) * sizeof(double));
     memset(extra.dK, 0, size_t(kRowPad * w.ld) * sizeof(T));
     memset(extra.dV, 0, size_t(kRowPad * w.ldv) * sizeof(T));
@@ -384,6 +379,7 @@ static void backward_run(const GradParams& p, int64_t b, int64_t hk, int64_t run
       const QueryBlock q = query_block<M::kPad>(p, b, h, m);
       const bool with_extra = p.extra_k && last;
       BiasRows<T> dbias(p, q, keys, first);
+      dRel.begin(p, q, parts.rel, run);
       if (!meets(q, keys) && !with_extra && runs > 1) {
         if (with_bias) dbias.finish();
         continue;
@@ -466,7 +462,7 @@ static void reduce_heads(const GradParams& p, int64_t h, char*, char* workspace)
   Arena shared{workspace};
   const Parts<T> parts(p, shared);
   const int64_t count = p.batch * key_runs(p), R = p.rel_size, D = p.head_dim, Dv = p.head_dim_v, H = p.heads;
-  if (p.needs & kNeedRelBias)
+  if ((p.needs & kNeedRelBias) && !is_by_query(p))
     sum_parts(parts.rel + h * R, count, H * R, R, static_cast<T*>(p.drel_bias) + h * R);
   if (p.needs & kNeedWeight)
     sum_parts(parts.weight + h * D, count, H * D, D, static_cast<T*>(p.dweight) + h * D);

@@ -80,6 +80,16 @@ static void bias_item(const GradParams& p, int64_t item, char* scratch, char*) {
     for (int64_t x = 0; x < (all_rows ? held : own_rows); ++x) out[(all_rows ? first : 0) + x] = T(sums[x]);
 }
 
+// The ends of the rows of a relative bias by query, of one query block.
+template <typename M>
+static void reduce_relative(const GradParams& p, int64_t item, char*, char* workspace) {
+  using T = typename M::T;
+  const BlockIndex at = block_index(p, item);
+  Arena shared{workspace};
+  const Parts<T> parts(p, shared);
+  sum_ends<T>(p, query_block<M::kPad>(p, at.b, at.h, at.m_block), parts.rel, key_runs(p));
+}
+
 template <typename M>
 static Plan<GradParams> backward_plan(const GradParams& p) {
   using T = typename M::T;
@@ -94,10 +104,13 @@ static Plan<GradParams> backward_plan(const GradParams& p) {
   scratch.take<T>(kRowPad * w.ldv);
   plan.scratch_bytes = scratch.used;
   plan.workspace_bytes = shared.used;
+  const int64_t blocks = p.batch * p.heads * ((p.seqlen_q + kBlockM - 1) / kBlockM);
+  const bool by_query = (p.needs & kNeedRelBias) && is_by_query(p);
   if (p.needs & ~int64_t(kNeedBias)) {
+    if (by_query) plan.add(relative_items(p), &clear_relative<T>);
     plan.add(p.batch / item_batch(p) * p.heads_k * key_runs(p), &backward_item<M>);
-    if ((p.needs & kNeedQ) && key_runs(p) > 1)
-      plan.add(p.batch * p.heads * ((p.seqlen_q + kBlockM - 1) / kBlockM), &reduce_queries<M>);
+    if ((p.needs & kNeedQ) && key_runs(p) > 1) plan.add(blocks, &reduce_queries<M>);
+    if (by_query) plan.add(blocks, &reduce_relative<M>);
     if (p.needs & (kNeedRelBias | kNeedWeight | kNeedExtraK | kNeedExtraV))
       plan.add(p.heads, &reduce_heads<M>);
   }

@@ -194,6 +194,10 @@ struct MakeSeq<0, I...> {
 };
 
 template <typename T, int S, int... I>
+SACCADE_FORCE Vec<T> exchange(Vec<T> v, Seq<I...>) {
+  return __builtin_shufflevector(v, v, (I ^ S)...);
+}
+template <typename T, int S, int... I>
 SACCADE_FORCE Vec<T> swap_low(Vec<T> a, Vec<T> b, Seq<I...>) {
   return __builtin_shufflevector(a, b, ((I & S) ? (I ^ S) + kLanes<T> : I)...);
 }
@@ -213,6 +217,25 @@ SACCADE_FORCE void butterfly(Vec<T> (&r)[kLanes<T>]) {
         r[i | S] = swap_high<T, S>(a, b, All{});
       }
     butterfly<T, S * 2>(r);
+  }
+}
+
+// Lane l < N is the sum of all lanes of r[l]; N is a power of two, r is overwritten.
+template <typename T, int N, int S = 1>
+SACCADE_FORCE Vec<T> sum_each(Vec<T>* r) {
+  using All = typename MakeSeq<kLanes<T>>::type;
+  if constexpr (N > 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N / 2; ++i) {
+      const Vec<T> a = r[2 * i], b = r[2 * i + 1];
+      r[i] = swap_low<T, S>(a, b, All{}) + swap_high<T, S>(a, b, All{});
+    }
+    return sum_each<T, N / 2, S * 2>(r);
+  } else if constexpr (S < kLanes<T>) {
+    r[0] += exchange<T, S>(r[0], All{});
+    return sum_each<T, 1, S * 2>(r);
+  } else {
+    return r[0];
   }
 }
 

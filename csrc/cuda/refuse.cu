@@ -12,6 +12,7 @@ const char* refuses_any(const Params& p) {
   if (p.score != Score::kDot) return "scores other than the dot product";
   if (p.activation != Activation::kSoftmax && p.activation != Activation::kSoftmax1)
     return "activations other than softmax";
+  if (p.rel_row) return "a relative bias of each query";
   if (p.mask.num_chunks) return "masks of chunks";
   if (p.extra_k) return "extra_k and extra_v";
   if (p.bias && p.bias_dtype == DType::kFloat64) return "a float64 bias";

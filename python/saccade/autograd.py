@@ -16,6 +16,7 @@ from torch.autograd.function import Function
 
 from . import gather, ops
 from .backends import reference
+from .bodies import needs_gather
 from .problem import NORMALISED, Problem, Spec
 
 Tensors = tuple[Tensor | None, ...]
@@ -69,6 +70,8 @@ def attend_and_weigh(problem: Problem, body: int, average: bool) -> tuple[Tensor
 def attention_weights(problem: Problem, lse: Tensor, average: bool, operators: Any = ops) -> Tensor:
     """The weights [B, H, Sq, Sk'], or [B, Sq, Sk'] averaged over heads, after dropout, with derivatives."""
     tensors, spec = problem.tensors, problem.spec
+    if needs_gather(problem):  # the operators of weights are of tiles
+        operators = ReferenceWeights
     if _untracked(tensors):
         return operators.weights(spec, lse, tensors, spec.seed, average)
     if torch.compiler.is_compiling():

@@ -40,8 +40,8 @@ def is_decode(problem: Problem, rows: int, keys: int) -> bool:
     if spec.layout.seqused_k is not None:
         return True
     return (
-        _known(spec.seqlen_q * spec.heads <= rows * spec.heads_k)
-        and _known(spec.seqlen_k >= keys)
+        known(spec.seqlen_q * spec.heads <= rows * spec.heads_k)
+        and known(spec.seqlen_k >= keys)
         and spec.score == DOT
         and not spec.dropout_p
         and spec.args.graph is None
@@ -51,7 +51,7 @@ def is_decode(problem: Problem, rows: int, keys: int) -> bool:
     )
 
 
-def _known(condition: bool) -> bool:
+def known(condition: bool) -> bool:
     """A traced graph must not depend on lengths that it leaves open."""
     if not torch.compiler.is_compiling():
         return condition

@@ -70,20 +70,25 @@ def backward(
         if 0 in wanted:
             found[0] = dq.to(wide) + _lifted(dedge_q, w)
         if _EDGE_W in wanted:
-            found[_EDGE_W] = torch.einsum("bhid,bhie->hde", q.to(wide), dedge_q.to(wide)) + torch.einsum(
-                "bhid,bhie->hde", dout.to(wide), mixed.to(wide)
-            )
+            found[_EDGE_W] = _outer(q, dedge_q, wide) + _outer(dout, mixed, wide)
     return found
 
 
 def _projected(x: Tensor, w: Tensor) -> Tensor:
     wide = accumulator(x.dtype)
-    return (x.to(wide) @ w.to(wide)).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.to(wide) @ w.to(wide)).to(x.dtype)
 
 
 def _lifted(x: Tensor, w: Tensor) -> Tensor:
     wide = accumulator(x.dtype)
-    return x.to(wide) @ w.to(wide).transpose(-1, -2)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(wide) @ w.to(wide).transpose(-1, -2)
+
+
+def _outer(x: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum("bhid,bhie->hde", x.to(wide), y.to(wide))
 
 
 def _arguments(spec: Spec, tensors: tuple[Tensor | None, ...]) -> tuple[Any, Any]:

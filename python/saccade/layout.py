@@ -16,7 +16,12 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
     if x.dim() == 4 and x.transpose(1, 2).is_contiguous():
         return _SWAPPED
     strides = x.stride()
-    order = tuple(sorted(plain, key=lambda d: (-strides[d], d)))
+    order: tuple[int, ...] = ()
+    for d in plain:  # sorted by hand: torch.compile sorts no strides that it leaves open
+        at = len(order)
+        while at > 0 and strides[order[at - 1]] < strides[d]:
+            at -= 1
+        order = (*order[:at], d, *order[at:])
     return order if x.permute(order).is_contiguous() else plain
 
 

@@ -113,8 +113,8 @@ class Mask:
         pictures.
         """
         dims = Dims(
-            self.num_batch or 1,
-            self.num_heads or 1,
+            1 if self.num_batch is None else self.num_batch,
+            1 if self.num_heads is None else self.num_heads,
             seqlen_q,
             seqlen_k,
             self.device or torch.device("cpu"),

@@ -189,7 +189,7 @@ class KeyPadding(Mask):
             kept = j < (self.lengths if self.num_batch is None else self.lengths[b])
         else:
             assert self.keep_keys is not None
-            kept = self.keep_keys[j] if self.num_batch is None else self.keep_keys[b, j]
+            kept = self.keep_keys[j] if self.num_batch is None else _entries(self.keep_keys, b, j)
         return kept & torch.ones_like(i, dtype=torch.bool)
 
     def check(self, dims: Dims) -> None:
@@ -207,6 +207,13 @@ class KeyPadding(Mask):
 
     def __repr__(self) -> str:
         return f"KeyPadding({'keep' if self.lengths is None else 'lengths'} {list(self._values.shape)})"
+
+
+def _entries(values: Tensor, b: Index, n: Tensor) -> Tensor:
+    """`values[b, n]`. torch refuses to index what has no entries, though none are asked for."""
+    if values.numel():
+        return values[b, n]
+    return values.new_zeros(torch.broadcast_shapes(torch.as_tensor(b).shape, n.shape))
 
 
 def _check_positions(what: str, kind: str, got: int, expected: int, ragged: bool) -> None:
@@ -252,7 +259,7 @@ class Segments(Mask):
     def keep(self, b: Index, h: Index, i: Tensor, j: Tensor, sq: Index, sk: Index) -> Tensor:
         if self.num_batch is None:
             return self.q_ids[i] == self.k_ids[j]
-        return self.q_ids[b, i] == self.k_ids[b, j]
+        return _entries(self.q_ids, b, i) == _entries(self.k_ids, b, j)
 
     def check(self, dims: Dims) -> None:
         if self.shared and dims.seqlen_q != dims.seqlen_k:

@@ -200,9 +200,10 @@ def must_repeat(spec: Spec) -> bool:
 def backward_tensors(spec: Spec, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The nine tensors as the backward operators take them."""
     q, k, v, bias, *rest = taken_tensors(tensors)
-    if bias is not None and any(n > 1 and s == 0 for n, s in zip(bias.shape, bias.stride(), strict=True)):
-        # The operator sums over stride 0, and a bias that came expanded wants its whole gradient.
-        bias = bias.contiguous()
+    if bias is not None and any(n != 1 and s == 0 for n, s in zip(bias.shape, bias.stride(), strict=True)):
+        # The operator sums over stride 0, and a bias that came expanded wants its whole gradient. (A bias
+        # without elements is contiguous whatever its strides.)
+        bias = bias.clone(memory_format=torch.contiguous_format)
     return q, k, v, expanded_bias(spec, bias), *rest
 
 

@@ -130,6 +130,16 @@ class T5(DistanceBias):
         return self.weight.to(dtype)[self.bucket(delta)].t()
 
 
+def _check_vectors(term: Position, table: Tensor, heads: int, head_dim: int) -> None:
+    name = type(term).__name__
+    if table.dim() == 3:
+        _check_heads(name, table.shape[0], heads)
+    if table.shape[-1] != head_dim:
+        raise ValueError(
+            f"position: {name} has vectors of {table.shape[-1]}, the head dimension is {head_dim}"
+        )
+
+
 class QueryRelative(Position):
     """A term that is the product of the query with a vector of the distance."""
 
@@ -151,16 +161,10 @@ class QueryRelative(Position):
 
     def check(self, heads: int, head_dim: int, max_q: int, max_k: int) -> None:
         """Raise ValueError where the tensors do not fit the call."""
-        table, name = self.table(), type(self).__name__
-        if table.dim() == 3:
-            _check_heads(name, table.shape[0], heads)
-        if table.shape[-1] != head_dim:
-            raise ValueError(
-                f"position: {name} has vectors of {table.shape[-1]}, the head dimension is {head_dim}"
-            )
+        _check_vectors(self, self.table(), heads, head_dim)
 
 
-class Shaw(QueryRelative):
+class Shaw(Position):
     """Adds `scale * q_i . table[clip(delta, -c, c) + c]` (Shaw, Uszkoreit, Vaswani: 1803.02155).
 
     `table` [2c + 1, D], or [H, 2c + 1, D] for vectors of each head, takes a gradient.
@@ -174,12 +178,25 @@ class Shaw(QueryRelative):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.vectors,)
 
-    def table(self) -> Tensor:
-        return self.vectors
+    def check(self, heads: int, head_dim: int) -> None:
+        """Raise ValueError where the table does not fit the call."""
+        _check_vectors(self, self.vectors, heads, head_dim)
 
-    def index(self, delta: Tensor, max_k: int) -> Tensor:
-        reach = self.vectors.shape[-2] // 2
-        return delta.clamp(-reach, reach) + reach
+    def products(self, q: Tensor, scale: float, longest: int | None, dtype: torch.dtype) -> Tensor:
+        """What each query adds at each clipped distance, computed in `dtype`: [B, H, Sq, R] from q
+        [B, H, Sq, D], [H, total, R] from packed q [total, H, D]. R is 2c + 1, or fewer where sequences of at
+        most `longest` have no such distances; None: of unknown length.
+        """
+        table = self.vectors.to(dtype)
+        beyond = 0 if longest is None else table.shape[-2] // 2 - max(longest - 1, 0)
+        if beyond > 0:
+            table = table[..., beyond:-beyond, :]
+        # A row that keeps no key may hold anything, but 0 times NaN would reach the gradient of the table. A
+        # row that keeps one is NaN by its keys.
+        rows = torch.nan_to_num(q, 0.0, 0.0, 0.0).to(dtype)
+        rows = rows.transpose(0, 1) if q.dim() == 3 else rows
+        with torch.autocast(q.device.type, enabled=False):
+            return rows @ (scale * table).transpose(-1, -2)
 
 
 class TransformerXL(QueryRelative):

@@ -91,7 +91,9 @@ class Problem:
     v: Tensor
     batched: bool
     bias: Tensor | None = None  # broadcasts to [B, H, Sq, Sk], 4-D, own dtype
-    rel_bias: Tensor | None = None  # [H, max_q + max_k - 1]
+    # By distance: [H, max_q + max_k - 1]. By query and clipped distance, R = 2c + 1: [B, H, Sq, R], packed
+    # [H, total, R].
+    rel_bias: Tensor | None = None
     weight: Tensor | None = None  # [H, D]
     sink: Tensor | None = None  # [H]
     extra_k: Tensor | None = None  # [H, D] dtype of q: one more key per head, seen by every query

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .position import DistanceBias, Position, QueryRelative, RoPE
+from .position import DistanceBias, Position, QueryRelative, RoPE, Shaw
 from .problem import DOT, Problem, Spec, accumulator, autocast
 
 
@@ -81,9 +81,14 @@ def _position(term: Any, problem: Problem) -> dict[str, Any]:
     if isinstance(term, RoPE):
         q_at, k_at = token_positions(spec, q, problem.k)
         return {"q": term.rotate(q, q_at), "k": problem.k if k_at is None else term.rotate(problem.k, k_at)}
-    assert isinstance(term, QueryRelative)
     if spec.score != DOT:
         raise ValueError(f"position: {type(term).__name__} needs the dot score")
+    if isinstance(term, Shaw):
+        term.check(spec.heads, spec.head_dim)
+        # Lengths that torch.compile leaves open must stay so.
+        longest = None if torch.compiler.is_compiling() else max(spec.seqlen_q, spec.seqlen_k)
+        return {"rel_bias": term.products(q, spec.scale, longest, accumulator(q.dtype))}
+    assert isinstance(term, QueryRelative)
     term.check(spec.heads, spec.head_dim, spec.seqlen_q, spec.seqlen_k)
     return {"position": term}
 

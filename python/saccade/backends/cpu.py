@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .. import ops
 from ..autograd import attend, attend_and_weigh
-from ..bodies import is_decode, is_gather, needs_gather, needs_tiles
-from ..problem import Problem
+from ..bodies import is_decode, is_gather, known, needs_gather, needs_tiles
+from ..problem import DOT, Problem, Spec
 
 NAME = "cpu"
 _DECODE_ROWS = 8
 _DECODE_KEYS = 256
+_DECODE_BLOCK = 64  # query rows of its work items
 _TILE_EDGES = 640  # of 4096 pairs: where gather and tiled crossed (fp32, D 64, forward and backward, AVX-512)
 
 
@@ -41,7 +42,14 @@ def body(problem: Problem) -> int:
     """Which body runs the problem."""
     if is_gather(problem, _TILE_EDGES):
         return ops.GATHER
-    return ops.DECODE if is_decode(problem, _DECODE_ROWS, _DECODE_KEYS) else ops.TILED
+    decodes = is_decode(problem, _DECODE_ROWS, _DECODE_KEYS) and _decodes(problem.spec)
+    return ops.DECODE if decodes else ops.TILED
+
+
+def _decodes(spec: Spec) -> bool:
+    """Whether the decode body has what a call asks for. The tiled one reads caches too."""
+    alike = spec.score == DOT and not spec.dropout_p and spec.args.head_bounds is None
+    return alike and known(spec.seqlen_q <= _DECODE_BLOCK)
 
 
 def kernel(problem: Problem) -> str:

@@ -67,6 +67,8 @@ def beyond(problem: Problem) -> list[str]:
     trains = torch.is_grad_enabled() and rel_bias is not None and rel_bias.requires_grad
     # Lengths that torch.compile leaves open must stay so.
     endless = not torch.compiler.is_compiling() and max(spec.seqlen_q, spec.seqlen_k) >= _ROWS
+    by_query = rel_bias is not None and rel_bias.dim() > 2
+    trains = trains and not by_query
     position = type(problem.position).__name__
     tracked = spec.layout.seqused_k is not None and any(
         t is not None and t.requires_grad for t in problem.tensors
@@ -79,6 +81,7 @@ def beyond(problem: Problem) -> list[str]:
         (spec.score != DOT, "scores other than the dot product"),
         (spec.activation not in NORMALISED, "activations other than softmax"),
         (problem.position is not None, f"position {position} is not in its kernels"),
+        (by_query, "a relative bias of each query (position Shaw)"),
         (bool(args.chunks), "masks of chunks"),
         (needs_tiles(problem), "a bias, a relative position or an extra key beside a graph"),
         (problem.edge_attr is not None, "edge_attr"),

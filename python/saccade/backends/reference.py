@@ -81,15 +81,31 @@ def weigh(
     else empty.
     """
     assert tensors[0] is not None
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):  # would make the products narrow again
+        with torch.autocast(device, enabled=False):
+            return weigh(spec, tensors, position, wide)
     wide = wide or accumulator(tensors[0].dtype)
     q, k, v, *terms = (None if x is None else x.to(wide) for x in tensors)
     assert q is not None and k is not None and v is not None
-    joined: tuple[Any, ...] = (*terms, position)
+    bias, rel_bias, *rest = terms
+    joined: tuple[Any, ...] = (*rest, position)
     if spec.layout.is_dense:
-        return _attend_rows(_Row(spec, 0, q, _per_head(k, 1, spec), _per_head(v, 1, spec), *joined))
-    sequences = enumerate(_sequences(spec, q, k, v))
-    parts = [_attend_rows(_Row(spec, b, qb, kb, vb, *joined)) for b, (qb, kb, vb) in sequences]
+        row = _Row(spec, 0, q, _per_head(k, 1, spec), _per_head(v, 1, spec), bias, rel_bias, *joined)
+        return _attend_rows(row)
+    parts = [
+        _attend_rows(_Row(spec, b, qb, kb, vb, bias, _own_relative(spec, rel_bias, b), *joined))
+        for b, (qb, kb, vb) in enumerate(_sequences(spec, q, k, v))
+    ]
     return (*_join_sequences(spec, parts, q, v), q.new_empty(0))
+
+
+def _own_relative(spec: Spec, rel_bias: Tensor | None, b: int) -> Tensor | None:
+    """The relative bias of one sequence: its rows where queries have their own."""
+    starts = spec.layout.cu_seqlens_q
+    if rel_bias is None or rel_bias.dim() == 2:
+        return rel_bias
+    return rel_bias[b : b + 1] if starts is None else rel_bias[None, :, int(starts[b]) : int(starts[b + 1])]
 
 
 def _per_head(x: Tensor, dim: int, spec: Spec) -> Tensor:
@@ -131,7 +147,8 @@ def _cached(spec: Spec, cache: Tensor, b: int, used: int) -> Tensor:
 def _join_sequences(spec: Spec, parts: list[Any], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     outs, lses = [p[0] for p in parts], [p[1] for p in parts]
     if not parts:
-        return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1])
+        shape = (q.shape[1], q.shape[0]) if spec.layout.is_varlen else q.shape[:-1]
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(shape)
     if not spec.layout.is_varlen:
         return torch.cat(outs), torch.cat(lses)
     out = torch.cat([o[0].transpose(0, 1) for o in outs])
@@ -322,8 +339,11 @@ def _logits(row: _Row, pairs: _Pairs, q: Tensor, k: Tensor, bias: Tensor | None)
     if bias is not None:
         logits = logits + bias
     delta = pairs.j - (pairs.i + pairs.sk - pairs.sq)
-    if row.rel_bias is not None:
+    if row.rel_bias is not None and row.rel_bias.dim() == 2:
         logits = logits + row.rel_bias[:, delta + spec.seqlen_k - 1]
+    elif row.rel_bias is not None:
+        reach = row.rel_bias.shape[-1] // 2
+        logits = logits + row.rel_bias[..., pairs.i, delta.clamp(-reach, reach) + reach]
     if position is not None:
         table = position.table().to(q.dtype)
         products = position.position_query(q) @ table.transpose(-1, -2)

@@ -157,6 +157,8 @@ class GraphMultiheadAttention(nn.Module):
                 self._weights(edges, (q, k), None if lse is None else lse[b], terms)
                 for b, (q, k) in enumerate(zip(*qk, strict=True))
             ]
+            if not rows:
+                return qk[0].sum((-1, -2))[:, None].expand(0, edges.pairs[0].numel(), self.num_heads)
             return torch.stack(rows)
         q, k = (x.transpose(0, 1) for x in qk)
         k = k.repeat_interleave(self.num_heads // self.num_kv_heads, 1)

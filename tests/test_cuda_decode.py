@@ -154,7 +154,11 @@ CACHES = pairwise(
     {
         "kind": ["contiguous", "pages", "beam"],
         "mask": [None, Causal(), Window(100, 0), Band(torch.tensor([3, 9, 500, 70]), None)],
-        "options": [{}, {"sink": torch.tensor([0.5, -1.0, 0.0, 2.0])}, {"position": ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.05]))}],
+        "options": [
+            {},
+            {"sink": torch.tensor([0.5, -1.0, 0.0, 2.0])},
+            {"position": ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.05]))},
+        ],
         "seqlen_q": [1, 3, 8],
         "dims": [(64, 64), (16, 8), (128, 128), (256, 256)],
         "dtype": [BF16, FP16],

@@ -36,6 +36,17 @@ class Items(NamedTuple):
 
 
 @triton.jit
+def item_of(work, items, HEADS: tl.constexpr):
+    """(sequence, head, row, first edge, end of the edges, slot) of this program."""
+    program = tl.program_id(0)
+    item = program % items
+    return (
+        program // items // HEADS, program // items % HEADS, tl.load(work.row + item),
+        tl.load(work.first + item), tl.load(work.last + item), tl.load(work.slot + item),
+    )  # fmt: skip
+
+
+@triton.jit
 def load_at(x, base, r, inside, DIM: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr):
     """[E, COLS]: rows r, 0 where not inside and from column DIM on."""
     c = tl.arange(0, COLS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .edges import edge_logits, edge_numbers, kept_edges, load_at, load_features, store_at
+from .edges import edge_logits, edge_numbers, item_of, kept_edges, load_at, load_features, store_at
 from .softmax import RELU, SIGMOID, SOFTMAX1, row_lse, weigh
 from .tile import number, pair_stays, rows_at, unit_of, vector_at
 
@@ -28,16 +28,9 @@ def gather_forward(
     pieces: peak, total, sums. EDGE is De, 0 without edge features.
     """
     ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
-    program = tl.program_id(0)
-    item = program % items
-    h = program // items % S.heads
-    b = program // items // S.heads
+    b, h, row, first, last, slot = item_of(work, items, S.heads)
     band = (left_end, right_end, left_start, right_start)
     unit, factor = unit_of(terms, S)
-    row = tl.load(work.row + item)
-    first = tl.load(work.first + item)
-    last = tl.load(work.last + item)
-    slot = tl.load(work.slot + item)
     zero = b.to(tl.int64) * 0
     one = tl.arange(0, 1)
     here = one < seqlen_q

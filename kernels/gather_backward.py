@@ -10,6 +10,7 @@ import triton.language as tl
 from .edges import (
     edge_gradients,
     edge_numbers,
+    item_of,
     kept_edges,
     load_at,
     load_features,
@@ -32,16 +33,9 @@ def gather_backward_rows(
     dweight [B, H, items, D] takes each item's share of the score's weight.
     """
     ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
-    program = tl.program_id(0)
-    item = program % items
-    h = program // items % S.heads
-    b = program // items // S.heads
+    b, h, row, first, last, slot = item_of(work, items, S.heads)
     band = (left_end, right_end, left_start, right_start)
     unit, factor = unit_of(terms, S)
-    row = tl.load(work.row + item)
-    first = tl.load(work.first + item)
-    last = tl.load(work.last + item)
-    slot = tl.load(work.slot + item)
     zero = b.to(tl.int64) * 0
     one = tl.arange(0, 1)
     here = one < seqlen_q
@@ -91,6 +85,7 @@ def gather_backward_rows(
             store_at(dedge_q, rows_at(dedge_q, b, h, zero), row, edge_grad * scale, True, EDGE, DE)
     if dweight is not None:
         d = tl.arange(0, D)
+        item = tl.program_id(0) % items
         at = dweight + ((b.to(tl.int64) * S.heads + h) * items + item) * S.dim + d
         tl.store(at, dw * scale, mask=d < S.dim)
 
@@ -108,16 +103,9 @@ def gather_backward_keys(
     """
     ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
     HEADS: tl.constexpr = S.heads // S.group
-    program = tl.program_id(0)
-    item = program % items
-    hk = program // items % HEADS
-    b = program // items // HEADS
+    b, hk, key, first, last, slot = item_of(work, items, HEADS)
     band = (left_end, right_end, left_start, right_start)
     unit, factor = unit_of(terms, S)
-    key = tl.load(work.row + item)
-    first = tl.load(work.first + item)
-    last = tl.load(work.last + item)
-    slot = tl.load(work.slot + item)
     zero = b.to(tl.int64) * 0
     one = tl.arange(0, 1)
     here = one < seqlen_k

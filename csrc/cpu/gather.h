@@ -1,5 +1,5 @@
-// What the passes of the gather body share: rows of any dtype as vectors, and the even split of edges over
-// work items.
+// What the passes of the gather body share: the even split of edges over work items, and what they know of
+// an edge.
 #pragma once
 #include "tiled_forward.h"
 
@@ -60,48 +60,25 @@ struct RowSplit {
   int64_t items_;
 };
 
-template <typename T, int S = kLanes<T> / 2>
-SACCADE_FORCE T lanes_max(Vec<T> v) {
-  if constexpr (S == 0)
-    return v[0];
-  else
-    return lanes_max<T, S / 2>(vmax<T>(v, exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{})));
-}
-// In the order of sum_each: a row of one edge, whose output is its value, then finds dP equal to delta.
-template <typename T, int S = 1>
-SACCADE_FORCE T lanes_sum(Vec<T> v) {
-  if constexpr (S == kLanes<T>)
-    return v[0];
-  else
-    return lanes_sum<T, S * 2>(v + exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{}));
-}
-
 constexpr int64_t kNearBytes = 1 << 20;
 constexpr int64_t kEdgeLanes = 16;  // edges handled together; at least a vector of every set
-
-// The edges of one step: their keys, their numbers, and which of them the rest of the mask keeps but for its
-// intervals, which may differ by head.
-struct EdgeGroup {
-  int64_t n, b, row;
-  int64_t key[kEdgeLanes], id[kEdgeLanes];
-  bool kept[kEdgeLanes];
-  bool live;  // all_edges_live: kept is not looked at
-};
 
 // Whether the rows that edges point to outgrow a core's cache.
 SACCADE_FORCE bool rows_lie_far(const GatherParams& p, int64_t rows, int64_t heads) {
   return rows * heads * (p.head_dim + p.head_dim_v) * size_of(p.q.dtype) > kNearBytes;
 }
 
-// Asks for one head's part of the rows that come kEdgeLanes edges later, so that they are there when their
-// turn comes.
+// Asks for the rows of `heads` heads from h on that lie at `index`, so that they are there when their turn
+// comes.
 template <typename S>
-SACCADE_FORCE void prefetch_rows(const Rows& x, int64_t b, int64_t h, const int32_t* later, int64_t n,
+SACCADE_FORCE void prefetch_rows(const Rows& x, int64_t b, int64_t h, int64_t heads, int64_t index,
                                  int64_t d) {
-  const char* base = row_at(x, b, h, 0);
-  const int64_t step = x.row * int64_t(sizeof(S)), bytes = d * int64_t(sizeof(S));
-  for (int64_t e = 0; e < n; ++e)
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(base + later[e] * step + at);
+  const bool joined = x.head == d;
+  const int64_t bytes = (joined ? heads * d : d) * int64_t(sizeof(S));
+  for (int64_t k = 0; k < (joined ? 1 : heads); ++k) {
+    const char* from = row_at(x, b, h + k, index);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+  }
 }
 SACCADE_FORCE int64_t edges_ahead(int64_t at, int64_t n, int64_t edges) {
   return max64(0, min64(n, edges - at - kEdgeLanes));
@@ -116,86 +93,22 @@ SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
          p.dropout_p == 0 && is_softmax(p);
 }
 
-static EdgeGroup edge_group(const GatherParams& p, int64_t b, int64_t row, int64_t begin, int64_t end) {
-  EdgeGroup g;
-  g.n = min64(kEdgeLanes, end - begin);
-  g.b = b;
-  g.row = row;
-  g.live = all_edges_live(p);
-  for (int64_t e = 0; e < g.n; ++e) {
-    g.key[e] = p.indices[begin + e];
-    g.id[e] = p.edge_ids ? p.edge_ids[begin + e] : begin + e;
-  }
-  if (g.live) return g;
-  for (int64_t e = 0; e < g.n; ++e) g.kept[e] = keeps_pair(p.mask, b, row, g.key[e]);
-  return g;
-}
+// The edges of one step: their keys, and which of them the rest of the mask keeps but for its intervals,
+// which may differ by head.
+struct EdgeGroup {
+  const GatherParams& p;
+  int64_t begin, n, b, row;
+  bool live;  // all_edges_live: kept is not looked at
+  bool kept[kEdgeLanes];
 
-// Up to kEdgeLanes rows of one tensor, and where in them the head at hand begins.
-template <typename S>
-struct EdgeRows {
-  const S* at[kEdgeLanes];
-  int64_t offset = 0;
-  SACCADE_MEMBER const S* row(int64_t e) const { return at[e] + offset; }
+  EdgeGroup(const GatherParams& params, int64_t batch, int64_t query, int64_t from, int64_t end, bool all)
+      : p(params), begin(from), n(min64(kEdgeLanes, end - from)), b(batch), row(query), live(all) {
+    if (live) return;
+    for (int64_t e = 0; e < n; ++e) kept[e] = keeps_pair(p.mask, b, row, key(e));
+  }
+  int64_t key(int64_t e) const { return p.indices[begin + e]; }
+  int64_t id(int64_t e) const { return p.edge_ids ? p.edge_ids[begin + e] : begin + e; }  // the user's number
 };
-
-// s[e] = x . rows[e] for up to W rows from e0 on, lanes along d; what follows in s is overwritten.
-template <typename T, typename S, int W>
-SACCADE_FORCE void some_dots(const T* x, const EdgeRows<S>& rows, int64_t e0, int64_t n, int64_t d, T* s) {
-  Vec<T> sums[W];
-#pragma GCC unroll 16
-  for (int l = 0; l < W; ++l) sums[l] = e0 + l < n ? dot_part<T, S>(x, rows.row(e0 + l), d) : Vec<T>{};
-  store(s + e0, sum_each<T, W>(sums));
-}
-
-// s[e] = x . rows[e] for n rows, 0 up to the end of their vector; s [kEdgeLanes].
-template <typename T, typename S>
-SACCADE_FORCE void edge_dots(const T* x, const EdgeRows<S>& rows, int64_t n, int64_t d, T* s) {
-  constexpr int L = kLanes<T>;
-  for (int64_t e0 = 0; e0 < n; e0 += L) {
-    const int64_t rest = n - e0;
-    if (L > 8 && rest > 8)
-      some_dots<T, S, L>(x, rows, e0, n, d, s);
-    else if (L > 4 && rest > 4)
-      some_dots<T, S, (L < 8 ? L : 8)>(x, rows, e0, n, d, s);
-    else if (L > 2 && rest > 2)
-      some_dots<T, S, (L < 4 ? L : 4)>(x, rows, e0, n, d, s);
-    else
-      some_dots<T, S, 2>(x, rows, e0, n, d, s);
-  }
-}
-
-// y += sum_e w(e) rows[e]; y is padded to whole vectors.
-template <typename T, typename S, typename W>
-SACCADE_FORCE void edge_sum(T* y, const EdgeRows<S>& rows, int64_t n, int64_t d, W w) {
-  constexpr int L = kLanes<T>;
-  int64_t c = 0;
-  for (; c + 2 * L <= d; c += 2 * L) {
-    Vec<T> a = load(y + c), b = load(y + c + L);
-    for (int64_t e = 0; e < n; ++e) {
-      const S* row = rows.row(e) + c;
-      a += w(e) * load_as<T>(row);
-      b += w(e) * load_as<T>(row + L);
-    }
-    store(y + c, a);
-    store(y + c + L, b);
-  }
-  for (; c < d; c += L) {
-    const int64_t width = min64(L, d - c);
-    Vec<T> a = load(y + c);
-    for (int64_t e = 0; e < n; ++e)
-      a += w(e) * (width == L ? load_as<T>(rows.row(e) + c) : load_part<T>(rows.row(e) + c, width));
-    store(y + c, a);
-  }
-}
-
-// The rows with those of dead edges replaced by zeros.
-template <typename T, typename S, typename W>
-SACCADE_FORCE EdgeRows<S> live_rows(const EdgeRows<S>& rows, W weight, int64_t n, const S* zeros) {
-  EdgeRows<S> live;
-  for (int64_t e = 0; e < n; ++e) live.at[e] = weight(e) != T(0) ? rows.row(e) : zeros;
-  return live;
-}
 
 }  // namespace
 }  // namespace SACCADE_ISA

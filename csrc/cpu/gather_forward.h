@@ -1,52 +1,43 @@
 // The gather body, forward: one query's edges at a time, all heads of an edge while its rows are in cache, an
 // online softmax per head.
 #pragma once
-#include "gather.h"
+#include "edges.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
-// A query row in the making, per head: m (natural logit), l, and the padded sums of values and of edge
-// features.
+// A query row in the making: m (natural logit) and l per head, in lanes as HeadLanes has them; and the padded
+// sums of values and of edge features.
 template <typename T>
 struct GatherState {
   T *m, *l, *O, *E;
-  int64_t ldo, lde;
+  int64_t ldo, lde, lanes;
 
   static int64_t size(const GatherParams& p) {
-    return round_up(p.heads * (2 + round_up(p.head_dim_v, kLanes<T>) + round_up(p.edge_dim, kLanes<T>)) + 32,
+    return round_up(p.heads * (round_up(p.head_dim_v, kLanes<T>) + round_up(p.edge_dim, kLanes<T>)) +
+                        2 * HeadLanes<T>(p).lanes(),
                     16);
   }
   GatherState(const GatherParams& p, T* at)
-      : ldo(round_up(p.head_dim_v, kLanes<T>)), lde(round_up(p.edge_dim, kLanes<T>)) {
+      : ldo(round_up(p.head_dim_v, kLanes<T>)),
+        lde(round_up(p.edge_dim, kLanes<T>)),
+        lanes(HeadLanes<T>(p).lanes()) {
     O = at;
     E = O + p.heads * ldo;
     m = E + p.heads * lde;
-    l = m + p.heads;
+    l = m + lanes;
   }
-  void clear(const GatherParams& p) {
-    memset(O, 0, size_t(p.heads * (ldo + lde)) * sizeof(T));
-    for (int64_t h = 0; h < p.heads; ++h) m[h] = -kInf<T>, l[h] = T(0);
+  // The sums of a row that has edges are written first and added to later.
+  void clear(const GatherParams& p, bool edges) {
+    if (!edges) memset(O, 0, size_t(p.heads * (ldo + lde)) * sizeof(T));
+    for (int64_t h = 0; h < lanes; ++h) m[h] = -kInf<T>, l[h] = T(0);
   }
 };
 
-// Padded query rows of all heads, in T.
+// The parts, per lane, of w . phi(q + k) of one edge; phi by the kind of score.
 template <typename T, typename S>
-static void read_heads(const Rows& x, int64_t b, int64_t row, int64_t heads, int64_t d, int64_t ld, T* out) {
-  constexpr int L = kLanes<T>;
-  for (int64_t h = 0; h < heads; ++h) {
-    const S* from = typed_row<S>(x, b, h, row);
-    T* to = out + h * ld;
-    int64_t c = 0;
-    for (; c + L <= d; c += L) store(to + c, load_as<T>(from + c));
-    if (c < d) store(to + c, load_part<T>(from + c, d - c));
-  }
-}
-
-// w . phi(q + k) of one edge; phi in `kind`.
-template <typename T, typename S>
-SACCADE_FORCE T additive_edge(const GatherParams& p, const T* w, const T* q, const S* k) {
+SACCADE_FORCE Vec<T> additive_part(const GatherParams& p, const T* w, const T* q, const S* k) {
   constexpr int L = kLanes<T>;
   const T slope = T(p.slope);
   Vec<T> sum{};
@@ -56,72 +47,87 @@ SACCADE_FORCE T additive_edge(const GatherParams& p, const T* w, const T* q, con
     const Vec<T> phi = p.score == Score::kAdditive ? tanhv<T>(x) : (x > T(0) ? x : slope * x);
     sum += (width == L ? load(w + c) : load_part<T>(w + c, width)) * phi;
   }
-  return lanes_sum<T>(sum);
+  return sum;
 }
 
-// Scratch of one thread: the query row, the rows of an edge group, its numbers.
+// Scratch of one thread: the query row, the numbers of an edge group, its features.
 template <typename T, typename S>
 struct GatherScratch {
-  T *q, *edge_q, *s, *features, *zero_features;  // s [H][kEdgeLanes]
+  HeadLanes<T> heads;
+  T *q_rows, *edge_q_rows, *s, *extra, *features, *zero_features;
+  Vec<T>* parts;  // of pair_sums
   double *tops, *sums;
   S* zeros;
-  EdgeRows<S> rows;
+  HeadRows<T> q, edge_q;
   EdgeRows<T> feature_rows;
-  int64_t ldq, lde;
+  int64_t lde;
+  bool live, far;
 
-  GatherScratch(const GatherParams& p, Arena& a)
-      : ldq(round_up(p.head_dim, kLanes<T>)), lde(round_up(p.edge_dim, kLanes<T>)) {
-    q = a.take<T>(p.heads * ldq);
-    edge_q = a.take<T>(p.heads * lde);
-    s = a.take<T>(p.heads * kEdgeLanes);
+  GatherScratch(const GatherParams& p, Arena& a) : heads(p), lde(round_up(p.edge_dim, kLanes<T>)) {
+    const int64_t widest = max64(p.head_dim, p.head_dim_v);
+    q_rows = a.take<T>(p.heads * round_up(p.head_dim, kLanes<T>));
+    edge_q_rows = a.take<T>(p.heads * lde);
+    s = a.take<T>(heads.size(kEdgeLanes) + kLanes<T>);
+    parts = a.take<Vec<T>>(heads.lanes());
+    extra = a.take<T>(p.edge_dim ? heads.size(kEdgeLanes) : 0);
     tops = a.take<double>(p.heads);
     sums = a.take<double>(p.heads);
     features = a.take<T>(kEdgeLanes * lde);
     zero_features = a.take<T>(lde);
-    zeros = a.take<S>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v);
+    zeros = a.take<S>(widest);
     if (!a.base) return;
+    live = all_edges_live(p);
+    far = rows_lie_far(p, p.seqlen_k, p.heads_k);
+    memset(parts, 0, size_t(heads.lanes()) * sizeof(Vec<T>));
+    memset(features, 0, size_t(kEdgeLanes * lde) * sizeof(T));
     memset(zero_features, 0, size_t(lde) * sizeof(T));
-    memset(zeros, 0, size_t(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v) * sizeof(S));
+    memset(zeros, 0, size_t(widest) * sizeof(S));
+    for (int64_t e = 0; e < kEdgeLanes; ++e) feature_rows.at[e] = features + e * lde;
   }
   void read_queries(const GatherParams& p, int64_t b, int64_t row) {
-    read_heads<T, S>(p.q, b, row, p.heads, p.head_dim, ldq, q);
-    if (p.edge_dim) read_heads<T, S>(p.edge_q, b, row, p.heads, p.edge_dim, lde, edge_q);
-  }
-  static EdgeRows<S> point(const Rows& x, const EdgeGroup& g, int64_t b) {
-    EdgeRows<S> rows;
-    for (int64_t e = 0; e < g.n; ++e) rows.at[e] = typed_row<S>(x, b, 0, g.key[e]);
-    return rows;
+    q = read_heads<T, S>(p.q, b, row, p.heads, p.head_dim, q_rows);
+    if (p.edge_dim) edge_q = read_heads<T, S>(p.edge_q, b, row, p.heads, p.edge_dim, edge_q_rows);
   }
   void read_features(const GatherParams& p, const EdgeGroup& g) {
+    for (int64_t e = 0; p.edge_dim && e < g.n; ++e)
+      read_row(features + e * lde, row_at(p.edge_x, 0, 0, g.id(e)), p.edge_x.dtype, p.edge_x.col, p.edge_dim);
+  }
+  // to[pair] += x[h] . features of the edge.
+  void add_feature_dots(const GatherParams& p, HeadRows<T> x, int64_t n, T* to) {
     if (!p.edge_dim) return;
-    for (int64_t e = 0; e < g.n; ++e) {
-      feature_rows.at[e] = features + e * lde;
-      read_row(features + e * lde, row_at(p.edge_x, 0, 0, g.id[e]), p.edge_x.dtype, p.edge_x.col, p.edge_dim);
-      for (int64_t c = p.edge_dim; c < lde; ++c) features[e * lde + c] = T(0);
-    }
+    pair_dots<T, T>(heads, x, feature_rows, n, p.edge_dim, parts, extra, nothing_else);
+    for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(extra + c));
   }
 };
 
-// Natural logits of one head's edges into s[kEdgeLanes], -inf where an edge is masked or beyond n. `cap` as
-// in finish_logits.
+// Natural logits of an edge group into s, -inf where an edge is masked or beyond n. `cap` as in
+// finish_logits.
 template <typename T, typename S>
-static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, GatherScratch<T, S>& w, T* s,
-                        T* cap) {
-  const T* q = w.q + h * w.ldq;
+static void edge_logits(const GatherParams& p, const EdgeGroup& g, const EdgeRows<S>& keys,
+                        GatherScratch<T, S>& w, T* cap) {
+  constexpr int L = kLanes<T>;
+  const HeadLanes<T>& heads = w.heads;
+  const int32_t* later = p.indices + g.begin + kEdgeLanes;
+  const int64_t ahead = w.far ? edges_ahead(g.begin, g.n, p.edges) : 0;
+  const auto ask = [&](int64_t e) {
+    if (e >= ahead) return;
+    prefetch_rows<S>(p.k, g.b, 0, p.heads_k, later[e], p.head_dim);
+    prefetch_rows<S>(p.v, g.b, 0, p.heads_k, later[e], p.head_dim_v);
+  };
   if (p.score == Score::kDot) {
-    edge_dots<T, S>(q, w.rows, g.n, p.head_dim, s);
-    if (p.edge_dim) {
-      T extra[kEdgeLanes];
-      edge_dots<T, T>(w.edge_q + h * w.lde, w.feature_rows, g.n, p.edge_dim, extra);
-      for (int64_t e = 0; e < g.n; ++e) s[e] += extra[e];
-    }
+    pair_dots<T, S>(heads, w.q, keys, g.n, p.head_dim, w.parts, w.s, ask);
+    w.add_feature_dots(p, w.edge_q, g.n, w.s);
   } else {
-    const T* weight = static_cast<const T*>(p.weight) + h * p.head_dim;
-    for (int64_t e = 0; e < g.n; ++e) s[e] = additive_edge<T, S>(p, weight, q, w.rows.row(e));
+    const T* weight = static_cast<const T*>(p.weight);
+    pair_sums(heads, g.n, w.parts, w.s, [&](int64_t e, Vec<T>* into) {
+      for (int64_t h = 0; h < p.heads; ++h)
+        into[h] =
+            additive_part<T, S>(p, weight + h * p.head_dim, w.q[h], keys.at[e] + h / heads.group * keys.head);
+    });
   }
-  for (int64_t c = 0; c < kEdgeLanes; c += kLanes<T>) {
-    const VecI<T> inside = iota<T>() < typename VecOf<T>::Int(g.n - c);
-    Vec<T> x = inside ? load(s + c) : Vec<T>{};
+  const int64_t pairs = g.n * heads.pitch;
+  for (int64_t c = 0; c < pairs; c += L) {
+    Vec<T> x = load(w.s + c);
     if (p.softcap != 0) {
       const Vec<T> t = tanhv<T>(x * T(p.scale / p.softcap));
       if (cap) store(cap + c, t);
@@ -129,15 +135,19 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, int64_t h, Ga
     } else {
       x = x * T(p.scale);
     }
-    store(s + c, inside ? x : splat<T>(-kInf<T>));
+    if (c + L > pairs) x = iota<T>() < typename VecOf<T>::Int(pairs - c) ? x : splat<T>(-kInf<T>);
+    store(w.s + c, x);
   }
   if (g.live) return;
-  const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
-  const Interval keys = row_interval(p.mask, g.b, h, g.row, p.seqlen_q, p.seqlen_k);
-  for (int64_t e = 0; e < g.n; ++e) {
-    const T add = bias ? bias[g.id[e]] : T(0);
-    const bool kept = g.kept[e] && keys.begin <= g.key[e] && g.key[e] < keys.end;
-    s[e] = !kept || add == -kInf<T> ? -kInf<T> : s[e] + add;
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
+    const Interval inside = row_interval(p.mask, g.b, h, g.row, p.seqlen_q, p.seqlen_k);
+    for (int64_t e = 0; e < g.n; ++e) {
+      T& s = w.s[e * heads.pitch + h];
+      const T add = bias ? bias[g.id(e)] : T(0);
+      const bool kept = g.kept[e] && inside.begin <= g.key(e) && g.key(e) < inside.end;
+      s = !kept || add == -kInf<T> ? -kInf<T> : s + add;
+    }
   }
 }
 
@@ -145,83 +155,86 @@ template <typename T>
 SACCADE_FORCE T dropout_factor(const GatherParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
   return dropout_keeps(p.seed, dropout_threshold(p.dropout_p), b, h, i, j) ? T(1 / (1 - p.dropout_p)) : T(0);
 }
-
-// One head's edges join its running softmax; s turns from logits into weights.
+// x[pair] *= the factor of the pair.
 template <typename T>
-static void edge_softmax(const GatherParams& p, int64_t h, T* s, GatherState<T>& state) {
+static void drop_edges(const GatherParams& p, const EdgeGroup& g, int64_t pitch, T* x) {
+  for (int64_t e = 0; e < g.n; ++e)
+    for (int64_t h = 0; h < p.heads; ++h) x[e * pitch + h] *= dropout_factor<T>(p, g.b, h, g.row, g.key(e));
+}
+
+// Multiplies what the heads of lanes [c, c + L) have summed by their alpha.
+template <typename T>
+static void rescale_heads(const GatherParams& p, int64_t c, Vec<T> alpha, GatherState<T>& state) {
+  for (int64_t h = c; h < min64(p.heads, c + kLanes<T>); ++h) {
+    const T factor = alpha[int(h - c)];
+    T *O = state.O + h * state.ldo, *E = state.E + h * state.lde;
+    for (int64_t x = 0; x < state.ldo; x += kLanes<T>) store(O + x, load(O + x) * factor);
+    for (int64_t x = 0; x < state.lde; x += kLanes<T>) store(E + x, load(E + x) * factor);
+  }
+}
+
+// The edges of a group join the running softmax of every head; s turns from logits into weights.
+template <typename T>
+static void edge_softmax(const GatherParams& p, const HeadLanes<T>& heads, int64_t n, bool fresh, T* s,
+                         GatherState<T>& state) {
   constexpr int L = kLanes<T>;
+  const int64_t size = heads.size(n), step = heads.lanes();
   if (!is_softmax(p)) {
-    for (int64_t c = 0; c < kEdgeLanes; c += L) store(s + c, activate<T>(p.activation, load(s + c)));
+    for (int64_t c = 0; c < size; c += L) store(s + c, activate<T>(p.activation, load(s + c)));
     return;
   }
-  Vec<T> top = load(s);
-  for (int64_t c = L; c < kEdgeLanes; c += L) top = vmax<T>(load(s + c), top);
-  const T old = state.m[h], found = lanes_max<T>(top), now = found > old ? found : old;
-  const T pivot = now == -kInf<T> ? T(0) : now;
-  state.m[h] = now;
-  if (now != old && old != -kInf<T>) {
-    const T alpha = exp2v<T>(splat<T>((old - pivot) * T(kLog2e)))[0];
-    T *O = state.O + h * state.ldo, *E = state.E + h * state.lde;
-    for (int64_t c = 0; c < state.ldo; c += L) store(O + c, load(O + c) * alpha);
-    for (int64_t c = 0; c < state.lde; c += L) store(E + c, load(E + c) * alpha);
-    state.l[h] *= alpha;
+  for (int64_t c = 0; c < step; c += L) {
+    Vec<T> top = load(s + c);
+    for (int64_t x = c + step; x < size; x += step) top = vmax<T>(load(s + x), top);
+    top = fold_heads<T>(top, heads.pitch, [](Vec<T> a, Vec<T> b) { return vmax<T>(a, b); });
+    const Vec<T> old = load(state.m + c), now = vmax<T>(top, old);
+    const Vec<T> pivot = now == -kInf<T> ? Vec<T>{} : now;
+    store(state.m + c, now);
+    Vec<T> sum{};
+    for (int64_t x = c; x < size; x += step) {
+      const Vec<T> weight = exp2v<T>((load(s + x) - pivot) * T(kLog2e));
+      store(s + x, weight);
+      sum += weight;
+    }
+    sum = fold_heads<T>(sum, heads.pitch, [](Vec<T> a, Vec<T> b) { return a + b; });
+    if (!fresh) {
+      const Vec<T> alpha = exp2v<T>((old - pivot) * T(kLog2e));
+      sum += load(state.l + c) * alpha;
+      if (any_lane(now > old)) rescale_heads(p, c, alpha, state);
+    }
+    store(state.l + c, sum);
   }
-  Vec<T> sum{};
-  for (int64_t c = 0; c < kEdgeLanes; c += L) {
-    const Vec<T> x = exp2v<T>((load(s + c) - pivot) * T(kLog2e));
-    store(s + c, x);
-    sum += x;
-  }
-  state.l[h] += lanes_sum<T>(sum);
 }
 
 template <typename T, typename S>
 static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piece, GatherScratch<T, S>& w,
                           GatherState<T>& state) {
-  const int64_t group = p.heads / p.heads_k;
-  const bool far = rows_lie_far(p, p.seqlen_k, p.heads_k);
+  const HeadLanes<T>& heads = w.heads;
   for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-    const EdgeGroup g = edge_group(p, b, piece.row, at, piece.end);
-    const int32_t* later = p.indices + at + kEdgeLanes;
-    const int64_t ahead = edges_ahead(at, g.n, p.edges);
+    const EdgeGroup g(p, b, piece.row, at, piece.end, w.live);
+    const EdgeRows<S> keys(p.k, b, p.indices + at, g.n), values(p.v, b, p.indices + at, g.n);
+    const bool fresh = at == piece.begin;
     w.read_features(p, g);
-    w.rows = w.point(p.k, g, b);
-    EdgeRows<S> values = w.point(p.v, g, b);
-    // Stage by stage over the heads rather than head by head: each stage is a chain of dependent steps, and
-    // heads are independent.
-    for (int64_t h = 0; h < p.heads; ++h) {
-      w.rows.offset = h / group * p.k.head;
-      if (far && h % group == 0) {
-        prefetch_rows<S>(p.k, b, h / group, later, ahead, p.head_dim);
-        prefetch_rows<S>(p.v, b, h / group, later, ahead, p.head_dim_v);
+    edge_logits<T, S>(p, g, keys, w, nullptr);
+    edge_softmax(p, heads, g.n, fresh, w.s, state);
+    if (p.dropout_p > 0) drop_edges(p, g, heads.pitch, w.s);
+    for (int64_t k = 0; k < p.heads_k; ++k)
+      for (int64_t h = k * heads.group; h < (k + 1) * heads.group; ++h) {
+        edge_sum_of<T, S>(g.live, state.O + h * state.ldo, fresh, values, k, g.n, p.head_dim_v, w.s + h,
+                          heads.pitch, w.zeros);
+        if (p.edge_dim)
+          edge_sum_of<T, T>(g.live, state.E + h * state.lde, fresh, w.feature_rows, 0, g.n, p.edge_dim,
+                            w.s + h, heads.pitch, w.zero_features);
       }
-      edge_logits<T, S>(p, g, h, w, w.s + h * kEdgeLanes, nullptr);
-    }
-    for (int64_t h = 0; h < p.heads; ++h) {
-      T* s = w.s + h * kEdgeLanes;
-      edge_softmax(p, h, s, state);
-      if (p.dropout_p > 0)
-        for (int64_t e = 0; e < g.n; ++e) s[e] *= dropout_factor<T>(p, b, h, piece.row, g.key[e]);
-    }
-    for (int64_t h = 0; h < p.heads; ++h) {
-      const T* s = w.s + h * kEdgeLanes;
-      const auto weight = [s](int64_t e) { return s[e]; };
-      values.offset = h / group * p.v.head;
-      edge_sum<T, S>(state.O + h * state.ldo, g.live ? values : live_rows<T, S>(values, weight, g.n, w.zeros),
-                     g.n, p.head_dim_v, weight);
-      if (p.edge_dim)
-        edge_sum<T, T>(state.E + h * state.lde, live_rows<T, T>(w.feature_rows, weight, g.n, w.zero_features),
-                       g.n, p.edge_dim, weight);
-    }
   }
 }
 
 // Adds the sink, normalises and writes a row. tops and sums: a number per head each.
-template <typename T>
-static void finish_row(const GatherParams& p, int64_t b, int64_t row, GatherState<T>& s, double* tops,
+template <typename T, typename S>
+static void finish_row(const GatherParams& p, int64_t b, int64_t row, const GatherState<T>& s, double* tops,
                        double* sums) {
   for (int64_t h = 0; h < p.heads; ++h) {
-    T *O = s.O + h * s.ldo, *E = s.E + h * s.lde;
+    T share = T(1);
     if (is_softmax(p)) {
       double top = double(s.m[h]), sum = double(s.l[h]), mine = 1;
       if (has_sink(p)) {
@@ -230,14 +243,12 @@ static void finish_row(const GatherParams& p, int64_t b, int64_t row, GatherStat
         sum = sum * mine + (sink == -kInf<double> ? 0 : exp(sink - pivot));
         top = pivot;
       }
-      const T share = sum == 0 ? T(0) : T(mine / sum);
+      share = sum == 0 ? T(0) : T(mine / sum);
       tops[h] = sum == 0 ? -kInf<double> : top;
       sums[h] = sum == 0 ? 1 : sum;
-      for (int64_t c = 0; c < s.ldo; c += kLanes<T>) store(O + c, load(O + c) * share);
-      for (int64_t c = 0; c < s.lde; c += kLanes<T>) store(E + c, load(E + c) * share);
     }
-    write_row(row_at(p.out, b, h, row), p.out.dtype, p.out.col, O, p.head_dim_v);
-    if (p.edge_dim) write_row(row_at(p.out_edge, b, h, row), p.out_edge.dtype, p.out_edge.col, E, p.edge_dim);
+    write_share<T, S>(p.out, b, h, row, s.O + h * s.ldo, share, p.head_dim_v);
+    if (p.edge_dim) write_share<T, S>(p.out_edge, b, h, row, s.E + h * s.lde, share, p.edge_dim);
   }
   if (!is_softmax(p)) return;
   log_each(sums, sums, p.heads);
@@ -263,15 +274,15 @@ static void gather_forward_item(const GatherParams& p, int64_t item, char* scrat
     GatherState<T> state = entire ? own
                                   : GatherState<T>(p, shared_piece(reinterpret_cast<T*>(workspace), size,
                                                                    split.items(), b, t, piece.first ? 1 : 0));
-    state.clear(p);
+    state.clear(p, piece.begin < piece.end);
     w.read_queries(p, b, piece.row);
     forward_piece<T, S>(p, b, piece, w, state);
-    if (entire) finish_row<T>(p, b, piece.row, state, w.tops, w.sums);
+    if (entire) finish_row<T, S>(p, b, piece.row, state, w.tops, w.sums);
   });
 }
 
 // Rows that were cut: their pieces are merged in the order of their edges.
-template <typename T>
+template <typename T, typename S>
 static void gather_merge_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
   const RowSplit split(p.indptr, p.seqlen_q, p.edges);
   const int64_t b = item / split.items(), t = item % split.items(), size = GatherState<T>::size(p);
@@ -299,7 +310,7 @@ static void gather_merge_item(const GatherParams& p, int64_t item, char* scratch
   }
   Arena arena{scratch};
   double* tops = arena.take<double>(p.heads);
-  finish_row<T>(p, b, row, sum, tops, arena.take<double>(p.heads));
+  finish_row<T, S>(p, b, row, sum, tops, arena.take<double>(p.heads));
 }
 
 template <typename T, typename S>
@@ -312,7 +323,7 @@ static Plan<GatherParams> gather_forward_plan(const GatherParams& p) {
   plan.scratch_bytes = arena.used;
   plan.workspace_bytes = size_t(p.batch * split.items() * 2 * GatherState<T>::size(p)) * sizeof(T);
   plan.add(p.batch * split.items(), &gather_forward_item<T, S>);
-  if (split.items() > 1) plan.add(p.batch * split.items(), &gather_merge_item<T>);
+  if (split.items() > 1) plan.add(p.batch * split.items(), &gather_merge_item<T, S>);
   return plan;
 }
 

@@ -148,6 +148,10 @@ SACCADE_FORCE Vec<T> load_as(const half_bits* p) {
 // The first n of them, the rest 0.
 template <typename T, typename S>
 SACCADE_FORCE Vec<T> load_part(const S* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 8) return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  if constexpr (sizeof(S) == 4) return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#endif
   Vec<T> v{};
   for (int64_t l = 0; l < n; ++l) v[int(l)] = T(widen(p[l]));
   return v;

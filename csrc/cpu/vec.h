@@ -198,6 +198,10 @@ SACCADE_FORCE Vec<T> exchange(Vec<T> v, Seq<I...>) {
   return __builtin_shufflevector(v, v, (I ^ S)...);
 }
 template <typename T, int S, int... I>
+SACCADE_FORCE Vec<T> repeat_low(Vec<T> v, Seq<I...>) {
+  return __builtin_shufflevector(v, v, (I & ~S)...);
+}
+template <typename T, int S, int... I>
 SACCADE_FORCE Vec<T> swap_low(Vec<T> a, Vec<T> b, Seq<I...>) {
   return __builtin_shufflevector(a, b, ((I & S) ? (I ^ S) + kLanes<T> : I)...);
 }
@@ -220,7 +224,7 @@ SACCADE_FORCE void butterfly(Vec<T> (&r)[kLanes<T>]) {
   }
 }
 
-// Lane l < N is the sum of all lanes of r[l]; N is a power of two, r is overwritten.
+// Lane l is the sum of all lanes of r[l % N]; N is a power of two, r is overwritten.
 template <typename T, int N, int S = 1>
 SACCADE_FORCE Vec<T> sum_each(Vec<T>* r) {
   using All = typename MakeSeq<kLanes<T>>::type;

@@ -1,0 +1,245 @@
+// The half of the gather body's backward that reads what the pass over rows left for each edge: dK and dV by
+// columns, and what belongs to single edges.
+#pragma once
+#include "gather_forward.h"
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+template <typename T>
+struct EdgeNumbers {
+  int64_t pitch;    // of HeadLanes
+  T* pairs;         // [B][E][2][pitch]: weight after dropout; gradient of the bare score
+  T* logit;         // [B][E][pitch]: gradient of the natural logit, with edge_bias only
+  T* pieces;        // cut rows
+  double* dweight;  // partial gradients of the score's weight, [B x items][H][D]
+  T* columns;       // cut columns
+
+  static int64_t piece_size(const GatherParams& p) {
+    return p.heads * (round_up(p.head_dim, kLanes<T>) + round_up(p.edge_dim, kLanes<T>));
+  }
+  static int64_t column_size(const GatherParams& p) {
+    return p.heads_k * (round_up(p.head_dim, kLanes<T>) + round_up(p.head_dim_v, kLanes<T>));
+  }
+  EdgeNumbers(const GatherParams& p, Arena& a) : pitch(HeadLanes<T>(p).pitch) {
+    // Whole vectors are read from the last edge on.
+    const int64_t numbers = p.batch * p.edges * pitch + kLanes<T>;
+    const int64_t items = RowSplit(p.indptr, p.seqlen_q, p.edges).items(),
+                  t_items = RowSplit(p.t_indptr, p.seqlen_k, p.edges).items();
+    pairs = a.take<T>(2 * numbers);
+    logit = a.take<T>(p.needs & kNeedEdgeBias ? numbers : 0);
+    pieces = a.take<T>(p.batch * items * 2 * piece_size(p));
+    dweight = a.take<double>(p.weight ? p.batch * items * p.heads * p.head_dim : 0);
+    columns = a.take<T>(p.batch * t_items * 2 * column_size(p));
+  }
+};
+
+// y += sum_e g_e w phi'(q + k_e), or y = where it is fresh, and dw += sum_e g_e phi(q + k_e) where asked: the
+// additive scores' gradient towards q (or k). g_e = g[e * pitch].
+template <typename T, typename S>
+static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q, const EdgeRows<S>& rows,
+                                   int64_t k, int64_t n, bool fresh, T* y, double* dw, const T* g,
+                                   int64_t pitch) {
+  constexpr int L = kLanes<T>;
+  const T slope = T(p.slope);
+  for (int64_t c = 0; c < p.head_dim; c += L) {
+    const int64_t width = min64(L, p.head_dim - c);
+    const Vec<T> weight = width == L ? load(w + c) : load_part<T>(w + c, width), own = load(q + c);
+    Vec<T> sum = fresh ? Vec<T>{} : load(y + c), sum_w{};
+    for (int64_t e = 0; e < n; ++e) {
+      const T grad = g[e * pitch];
+      if (grad == T(0)) continue;  // a masked edge: phi may be NaN where its key is
+      const S* row = rows.at[e] + k * rows.head + c;
+      const Vec<T> x = own + (width == L ? load_as<T>(row) : load_part<T>(row, width));
+      Vec<T> phi, slope_of;
+      if (p.score == Score::kAdditive) {
+        phi = tanhv<T>(x);
+        slope_of = T(1) - phi * phi;
+      } else {
+        phi = x > T(0) ? x : slope * x;
+        slope_of = x > T(0) ? splat<T>(T(1)) : splat<T>(slope);
+      }
+      sum += grad * weight * slope_of;
+      sum_w += grad * phi;
+    }
+    store(y + c, sum);
+    if (dw)
+      for (int64_t l = 0; l < width; ++l) dw[c + l] += double(sum_w[int(l)]);
+  }
+}
+
+template <typename T, typename S>
+static void write_keys(const GatherParams& p, int64_t b, int64_t key, const T* sums, int64_t ldk,
+                       int64_t ldv) {
+  const T* dv = sums + p.heads_k * ldk;
+  for (int64_t h = 0; h < p.heads_k; ++h) {
+    if (p.needs & kNeedK) write_share<T, S>(p.dk, b, h, key, sums + h * ldk, T(1), p.head_dim);
+    if (p.needs & kNeedV) write_share<T, S>(p.dv, b, h, key, dv + h * ldv, T(1), p.head_dim_v);
+  }
+}
+
+// The pass over columns, with one thread's scratch: an edge's query and dout rows, and its numbers.
+template <typename T, typename S>
+struct ColumnPass {
+  const GatherParams& p;
+  HeadLanes<T> heads;
+  T *own, *key_rows, *pairs;  // the last [kEdgeLanes][2][pitch]
+  S* zeros;
+  int64_t ldk, ldv;
+  bool live, far;
+
+  ColumnPass(const GatherParams& params, Arena& a)
+      : p(params),
+        heads(params),
+        live(all_edges_live(params)),
+        far(rows_lie_far(params, p.seqlen_q, p.heads)) {
+    const int64_t widest = max64(p.head_dim, p.head_dim_v);
+    ldk = round_up(p.head_dim, kLanes<T>);
+    ldv = round_up(p.head_dim_v, kLanes<T>);
+    own = a.take<T>(EdgeNumbers<T>::column_size(p));
+    key_rows = a.take<T>(p.heads_k * ldk);
+    pairs = a.take<T>(2 * kEdgeLanes * heads.pitch + kLanes<T>);
+    zeros = a.take<S>(widest);
+    if (a.base) memset(zeros, 0, size_t(widest) * sizeof(S));
+  }
+
+  // The edges of one piece join the sums of their key: dK of all heads, then dV.
+  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* sums) {
+    HeadRows<T> keys{};
+    if (p.score != Score::kDot) keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
+    for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
+      const int64_t n = min64(kEdgeLanes, piece.end - at), ahead = edges_ahead(at, n, p.edges);
+      const int32_t* later = p.t_rows + at + kEdgeLanes;
+      const EdgeRows<S> queries(p.q, b, p.t_rows + at, n), douts(p.dout, b, p.t_rows + at, n);
+      const T* grads = pairs + heads.pitch;
+      collect(b, at, n, ahead, numbers);
+      for (int64_t h = 0; h < p.heads; ++h) {
+        const auto ask = [&](const Rows& x, int64_t d) {
+          for (int64_t e = 0; far && e < ahead; ++e) prefetch_rows<S>(x, b, h, 1, later[e], d);
+        };
+        const int64_t k = h / heads.group;
+        const bool fresh = at == piece.begin && h % heads.group == 0;
+        T *dk = sums + k * ldk, *dv = sums + p.heads_k * ldk + k * ldv;
+        ask(p.q, p.head_dim);
+        if (p.score == Score::kDot)
+          edge_sum_of<T, S>(live, dk, fresh, queries, h, n, p.head_dim, grads + h, 2 * heads.pitch, zeros);
+        else
+          additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, keys[k], queries,
+                                       h, n, fresh, dk, nullptr, grads + h, 2 * heads.pitch);
+        ask(p.dout, p.head_dim_v);
+        edge_sum_of<T, S>(live, dv, fresh, douts, h, n, p.head_dim_v, pairs + h, 2 * heads.pitch, zeros);
+      }
+    }
+  }
+
+ private:
+  // The numbers of these edges side by side; those of the next are asked for. Each edge's last vector may
+  // reach into the next edge, which is written after it.
+  void collect(int64_t b, int64_t at, int64_t n, int64_t ahead, const EdgeNumbers<T>& numbers) {
+    const int64_t step = 2 * heads.pitch;
+    for (int64_t e = 0; e < n; ++e) {
+      const T* from = numbers.pairs + (b * p.edges + p.t_edges[at + e]) * step;
+      for (int64_t c = 0; c < step; c += kLanes<T>) store(pairs + e * step + c, load(from + c));
+    }
+    for (int64_t e = 0; e < ahead; ++e)
+      __builtin_prefetch(numbers.pairs + (b * p.edges + p.t_edges[at + kEdgeLanes + e]) * step);
+  }
+};
+
+// dK and dV of the keys of one item of the transposed graph.
+template <typename T, typename S>
+static void gather_columns_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+  const RowSplit split(p.t_indptr, p.seqlen_k, p.edges);
+  const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::column_size(p);
+  Arena arena{scratch}, shared{workspace};
+  const EdgeNumbers<T> numbers(p, shared);
+  ColumnPass<T, S> pass(p, arena);
+  split.for_each(t, [&](RowSplit::Piece piece) {
+    const bool entire = piece.first && piece.last;
+    T* sums =
+        entire ? pass.own : shared_piece(numbers.columns, size, split.items(), b, t, piece.first ? 1 : 0);
+    if (piece.begin == piece.end) memset(sums, 0, size_t(size) * sizeof(T));
+    pass.piece(b, piece, numbers, sums);
+    if (entire) write_keys<T, S>(p, b, piece.row, sums, pass.ldk, pass.ldv);
+  });
+}
+
+template <typename T, typename S>
+static void gather_columns_merge(const GatherParams& p, int64_t item, char*, char* workspace) {
+  const RowSplit split(p.t_indptr, p.seqlen_k, p.edges);
+  const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::column_size(p);
+  int64_t end = 0;
+  const int64_t key = split.cut_row(t, end);
+  if (key < 0) return;
+  Arena shared{workspace};
+  EdgeNumbers<T> numbers(p, shared);
+  T* sum = shared_piece(numbers.columns, size, split.items(), b, t, 1);
+  for (int64_t other = t + 1; other <= end; ++other) {
+    const T* part = shared_piece(numbers.columns, size, split.items(), b, other, 0);
+    for (int64_t x = 0; x < size; ++x) sum[x] += part[x];
+  }
+  write_keys<T, S>(p, b, key, sum, round_up(p.head_dim, kLanes<T>), round_up(p.head_dim_v, kLanes<T>));
+}
+
+constexpr int64_t kEdgeItem = 4096;
+
+// What belongs to single edges: dedge_bias, dedge_x; and, in the last item, the weight of the score.
+template <typename T>
+static void gather_edges_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+  Arena arena{scratch}, shared{workspace};
+  EdgeNumbers<T> numbers(p, shared);
+  const int64_t H = p.heads;
+  if (item * kEdgeItem >= p.edges) {
+    if (!(p.needs & kNeedWeight)) return;
+    const int64_t n = H * p.head_dim, parts = p.batch * RowSplit(p.indptr, p.seqlen_q, p.edges).items();
+    T* dw = static_cast<T*>(p.dweight);
+    for (int64_t x = 0; x < n; ++x) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += numbers.dweight[part * n + x];
+      dw[x] = T(sum);
+    }
+    return;
+  }
+  const int64_t lde = round_up(p.edge_dim, kLanes<T>);
+  T *query = arena.take<T>(lde), *grad = arena.take<T>(lde), *sums = arena.take<T>(lde);
+  int64_t row = 0;
+  for (int64_t e = item * kEdgeItem; e < min64(p.edges, (item + 1) * kEdgeItem); ++e) {
+    const int64_t id = p.edge_ids ? p.edge_ids[e] : e;
+    if (p.needs & kNeedEdgeBias) {
+      T* out = static_cast<T*>(p.dedge_bias);
+      T all = T(0);
+      for (int64_t h = 0; h < H; ++h) {
+        T sum = T(0);
+        for (int64_t b = 0; b < p.batch; ++b) sum += numbers.logit[(b * p.edges + e) * numbers.pitch + h];
+        if (p.edge_bias_head) out[h * p.edge_bias_head + id] = sum;
+        all += sum;
+      }
+      if (!p.edge_bias_head) out[id] = all;
+    }
+    if (p.needs & kNeedEdgeX) {
+      if (e == item * kEdgeItem) {  // the row of the item's first edge
+        int64_t high = p.seqlen_q;
+        while (high - row > 1) {
+          const int64_t mid = (row + high) / 2;
+          (p.indptr[mid] <= e ? row : high) = mid;
+        }
+      }
+      while (p.indptr[row + 1] <= e) ++row;
+      for (int64_t c = 0; c < lde; ++c) sums[c] = T(0);
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t h = 0; h < H; ++h) {
+          const T* pair = numbers.pairs + 2 * (b * p.edges + e) * numbers.pitch + h;
+          const T weight = pair[0], g = pair[numbers.pitch];
+          read_row(query, row_at(p.edge_q, b, h, row), p.edge_q.dtype, p.edge_q.col, p.edge_dim);
+          read_row(grad, row_at(p.dout_edge, b, h, row), p.dout_edge.dtype, p.dout_edge.col, p.edge_dim);
+          for (int64_t c = 0; c < p.edge_dim; ++c) sums[c] += g * query[c] + weight * grad[c];
+        }
+      memcpy(static_cast<T*>(p.dedge_x) + id * p.edge_dim, sums, size_t(p.edge_dim) * sizeof(T));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

@@ -59,7 +59,7 @@ def backward(
         needs |= _NEED_EDGE_Q * (0 in wanted or _EDGE_W in wanted) | _NEED_EDGE_X * (_EDGE_E in wanted)
     # `out` has the edges' share already: its row sums with dout are whole, and the share alone counts as
     # zero.
-    share = torch.zeros_like(mixed)
+    share = mixed if w is None else torch.zeros_like(mixed)
     dq, dk, dv, dweight, dedge_bias, dedge_q, dedge_x = ops.gather_backward(
         spec, (dout, dlse, dout_edge, out, lse, share), *_arguments(spec, tensors), seed, needs
     )

@@ -5,6 +5,7 @@
 from .attention import MultiheadAttention
 from .conformer import Conformer, ConformerConvolution, ConformerLayer, MaskedBatchNorm
 from .decoding import DecoderState, KVCache
+from .functional import multi_head_attention_forward
 from .gat_conv import GATConv, GATv2Conv
 from .generation import Hypotheses, beam_search, greedy_search, length_penalty
 from .graph import GraphMultiheadAttention, GraphTransformerLayer
@@ -60,6 +61,7 @@ __all__ = [
     "laplacian_encoding",
     "layer_outputs",
     "length_penalty",
+    "multi_head_attention_forward",
     "random_walk_encoding",
     "scheduled_sampling",
     "shift_right",

@@ -17,8 +17,8 @@ _NEED_MASK = (
 )
 
 
-def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
-    """The dtypes of the masks."""
+def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, frames: int) -> None:
+    """The dtypes of the masks; `frames`: how far above this call the user's line stands."""
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported")
@@ -26,15 +26,19 @@ def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> No
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. "
             "Use same type for both instead.",
-            stacklevel=6,  # the line that calls the module, past nn.Module's two frames
+            stacklevel=frames + 1,
         )
 
 
-def check_inputs(module: Any, inputs: tuple[Tensor, Tensor, Tensor], masks: Any, is_causal: bool) -> bool:
-    """Whether the inputs are batched. `masks` is (key_padding_mask, attn_mask)."""
+def check_inputs(
+    module: Any, inputs: tuple[Tensor, Tensor, Tensor], masks: Any, is_causal: bool, frames: int = 4
+) -> bool:
+    """Whether the inputs are batched. `masks` is (key_padding_mask, attn_mask). `frames`: how far above this
+    call the user's line stands; nn.Module puts two between a call and its forward.
+    """
     query, key, value = inputs
     key_padding_mask, attn_mask = masks
-    check_masks(key_padding_mask, attn_mask)
+    check_masks(key_padding_mask, attn_mask, frames + 1)
     batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, module.num_heads)
     if is_causal and attn_mask is None:
         raise RuntimeError(_NEED_MASK)

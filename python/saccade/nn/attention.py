@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..masks import Band, Mask
 from . import _checks, _extras, _nested
-from ._core import BATCH_FIRST, SEQ_FIRST, Options, attend, attend_packed
-from ._masks import join, resolve_masks
+from ._core import BATCH_FIRST, attend, attend_heads, attend_packed, options_of
+from ._masks import join
 from ._projections import extra_key, project, project_out
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -195,21 +195,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         first: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """On [N, S, E] (`first`) or [S, N, E]."""
-        at = 1 if first else 0  # the dimension of the sequence
-        batch, tgt_len, src_len = query.shape[1 - at], query.shape[at], key.shape[at]
-        qkv = project(self, query, key, value)  # [N, S, H, D] or [S, N, H, D]
-        _checks.check_sizes(self, (batch, tgt_len, src_len), qkv[1], masks)
-        own, bias = resolve_masks(masks, is_causal, (batch, self.num_heads), qkv[0].dtype)
-        options = self._options(flags, tgt_len, src_len)
-        q, k, v = (x.transpose(1, 2) if first else x.permute(1, 2, 0, 3) for x in qkv)
-        out, weights = attend(
-            (q, k, v), BATCH_FIRST if first else SEQ_FIRST, options,
-            mask=join(own, _extras.get_window(self), mask), bias=bias, **extra_key(self),
-        )  # fmt: skip
-        rows = out.transpose(1, 2) if first else out.permute(2, 0, 1, 3)
-        if weights is not None and self.activation == "softmax1":
-            weights = weights[..., :-1]  # its zero column belongs to add_zero_attn alone
-        return project_out(self, rows), weights
+        return attend_heads(self, project(self, query, key, value), masks, flags, is_causal, mask, first)
 
     def _forward_nested(
         self,
@@ -233,7 +219,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         qkv = project(self, query.values, key.values, value.values)  # [total, H, D]
         mask = join(_extras.get_window(self), mask)
-        options = self._options(flags, query.longest, key.longest)
+        options = options_of(self, flags, query.longest, key.longest)
         if not options.need_weights:
             lengths = (query.cu_seqlens, key.cu_seqlens, query.longest, key.longest)
             out = attend_packed(qkv, lengths, options, mask, **extra_key(self))
@@ -247,11 +233,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, weights = attend((q, k, v), BATCH_FIRST, options, mask=_nested.padding(key), **extra_key(self))
         return _nested.unpack(project_out(self, out.transpose(1, 2)[real]), query), weights
-
-    def _options(self, flags: tuple[bool, bool], seqlen_q: int, seqlen_k: int) -> Options:
-        return Options(
-            *flags, self.dropout if self.training else 0.0, _extras.terms(self, seqlen_q, seqlen_k)
-        )
 
     def extra_repr(self) -> str:
         found = {

@@ -37,7 +37,7 @@ class Config:
 # Shared memory of a block decides what fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
 ARCHITECTURES = ("sm80", "sm86", "sm90")
 SHARED_BYTES = {"sm80": 166_912, "sm86": 101_376, "sm90": 232_448}
-PASSES = ("forward", "backward_q", "backward_kv", "weights", "bias")
+PASSES = ("forward", "backward_q", "backward_kv", "weights", "bias", "decode")
 ITEM = 256  # edges of a graph's row that one program takes
 DIMS = (16, 32, 64, 128, 256)  # wider heads are split into blocks of the widest
 
@@ -71,6 +71,13 @@ _WINDOWS: dict[str, dict[str, dict[int, Shape]]] = {
              "backward_kv": {64: (64, 64, 64, 4, 2), 128: (64, 64, 128, 8, 2)}},
 }  # fmt: skip
 _WINDOWS["sm86"] = _WINDOWS["sm80"]
+# Of decode, by size of element and the widest head_dim they are for: the most rows of a tile, keys, warps,
+# stages. All columns of q, k and v are held.
+_DECODE: dict[int, dict[int, tuple[int, int, int, int]]] = {
+    2: {16: (64, 32, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 4, 3)},
+    4: {64: (32, 32, 8, 3), 256: (32, 16, 8, 3)},
+    8: {32: (16, 32, 4, 2), 256: (16, 16, 8, 2)},
+}
 
 
 def _table() -> dict[Key, Config]:
@@ -90,11 +97,18 @@ def _table() -> dict[Key, Config]:
             for name in ("weights", "bias"):
                 for size, block in ((2, 64), (4, 32), (8, 16)):
                     table[name, arch, size, dim, "full"] = Config(block, block, min(dim, block), 4, 1)
+            for size, by_dim in _DECODE.items():
+                m, n, warps, stages = by_dim[min(widest for widest in by_dim if dim <= widest)]
+                table["decode", arch, size, dim, "full"] = Config(m, n, dim, warps, stages)
     # On sm_86 the compiler aims at fewer registers, and these would spill.
     table["backward_q", "sm86", 4, 64, "full"] = Config(32, 16, 32, 8, 1)
     table["backward_kv", "sm86", 4, 64, "full"] = Config(32, 32, 32, 4, 1)
     table["backward_q", "sm86", 8, 16, "full"] = Config(16, 16, 16, 8, 1)
     table["bias", "sm86", 8, 64, "full"] = Config(16, 16, 16, 8, 1)
+    # Here it is shared memory that decode has less of.
+    table["decode", "sm86", 2, 128, "full"] = Config(64, 64, 128, 4, 2)
+    table["decode", "sm86", 2, 256, "full"] = Config(32, 32, 256, 4, 2)
+    table["decode", "sm86", 4, 256, "full"] = Config(16, 16, 256, 8, 2)
     return table
 
 

@@ -1,9 +1,11 @@
-"""Few queries over many keys: the keys are split among programs, and their states merged in order. Serves
-caches too, whose keys may lie in pages, or in rows that a beam search has chosen.
+"""Few queries over many keys: the query heads that share a key head are the rows of one tile, so that each
+key is read once for all of them; the keys are split among programs, and a row's states merged in a fixed
+order. Serves caches too, whose keys may lie in pages, or in rows that a beam search has chosen.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +19,14 @@ from .config import Config
 from .forward import attend_tile, finish_tile, first_state
 from .mask import block_intervals, key_ranges
 from .softmax import RELU, SIGMOID
-from .tile import Cache, load_rows, rows_at, unit_of
+from .tile import Cache, load_listed, rows_at, unit_of
 
-_ROWS, _KEYS, _WARPS = 16, 64, 4
-_TILE_BYTES = 16384  # of keys
+_FEWEST_ROWS = 16  # what a matrix instruction takes
 _SPLIT_KEYS = 256  # the fewest that are worth a program
 _PROGRAMS = (
     264  # two for each multiprocessor of an H200: a constant, so that results do not depend on the GPU
 )
+_MERGED_BYTES = 8192  # of the splits' states that a program loads at a time
 
 
 @triton.jit(do_not_specialize=[
@@ -32,108 +34,141 @@ _PROGRAMS = (
     "splits",
 ])  # fmt: skip
 def decode_split(
-    q, k, v, parts, terms, mask, cache,
+    q, k, v, sums, states, terms, mask, cache,
     seqlen_q, seqlen_k, blocks, left_end, right_end, left_start, right_start, rel_size, splits,
     S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """The state of one split: parts [B, H, blocks, splits, M, 2 + BLOCK_DV] takes peak, total, acc."""
+    """The state of one split of a tile: acc to sums [B, Hk, blocks, splits, M, BLOCK_DV], peak and total to
+    states [B, Hk, blocks, splits, 2, M]. Row r of a key head is query r // group of its head r % group.
+    """
     ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
+    HEADS_K: tl.constexpr = S.heads // S.group
     program = tl.program_id(0)
     split = program % splits
     block = program // splits % blocks
-    h = program // splits // blocks % S.heads
-    b = program // splits // blocks // S.heads
+    head = program // splits // blocks % HEADS_K
+    b = program // splits // blocks // HEADS_K
     max_k = seqlen_k
     share = ((max_k + splits - 1) // splits + N - 1) // N * N
     if cache.lengths is not None:  # what lies beyond the cache cannot be read
         seqlen_k = tl.minimum(tl.maximum(tl.load(cache.lengths + b), 0), seqlen_k).to(tl.int32)
     band = (left_end, right_end, left_start, right_start)
     zero = b.to(tl.int64) * 0
-    i = block * M + tl.arange(0, M)
+    r = block * M + tl.arange(0, M)
+    i = r // S.group
+    h = head * S.group + r % S.group  # [M]
     begin, end = block_intervals(i, b, h, seqlen_q, seqlen_k, band, mask)
     unit, factor = unit_of(terms, S)
-    q_base = rows_at(q, b, h, zero)
-    q_tile = load_rows(q, q_base, block * M, i < seqlen_q, 0, S.dim, M, BLOCK_D, S.far)
-    head = (h // S.group).to(tl.int64)
+    q_base = rows_at(q, b, head * S.group, zero)
+    q_at = (r % S.group).to(tl.int64) * q.head + i.to(tl.int64) * q.row
+    q_tile = load_listed(q, q_base, q_at, i < seqlen_q, 0, S.dim, BLOCK_D)
     acc = tl.zeros((M, BLOCK_DV), ACC)
     peak = tl.full((M,), float("-inf"), ACC)
     total = tl.zeros((M,), ACC)
+    k_base, v_base = rows_at(k, zero, head, zero), rows_at(v, zero, head, zero)
     low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, N)
     for j0 in range(tl.maximum(first, split * share), tl.minimum(last, (split + 1) * share), N):
         acc, peak, total = attend_tile(
-            acc, peak, total, q_tile, q, q_base, k, k.ptr + head * k.head, v, v.ptr + head * v.head, i,
-            begin, end, j0, low, last, 0, b, h, 0, seqlen_q, seqlen_k, max_k, rel_size, terms, mask,
-            cache, factor, S, M, N, BLOCK_D, BLOCK_DV, True, False,
+            acc, peak, total, q_tile, q, q_base + q_at, k, k_base, v, v_base, i, begin, end, j0, low, last,
+            0, b, h[:, None], 0, seqlen_q, seqlen_k, max_k, rel_size, terms, mask, cache, factor,
+            S, M, N, BLOCK_D, BLOCK_DV, True, False,
         )  # fmt: skip
-    r = tl.arange(0, M)
-    at = parts + (program.to(tl.int64) * M + r) * (2 + BLOCK_DV)
-    tl.store(at, peak)
-    tl.store(at + 1, total)
-    tl.store(at[:, None] + 2 + tl.arange(0, BLOCK_DV)[None, :], acc)
+    row = tl.arange(0, M)
+    state = states + program.to(tl.int64) * 2 * M + row
+    tl.store(state, peak, mask=i < seqlen_q)
+    tl.store(state + M, total, mask=i < seqlen_q)
+    at = sums + (program.to(tl.int64) * M + row[:, None]) * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
+    tl.store(at, acc, mask=(i < seqlen_q)[:, None])
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "blocks", "splits"])
 def merge_splits(
-    out, lse, parts, terms, seqlen_q, blocks, splits, S: tl.constexpr, M: tl.constexpr, BLOCK_DV: tl.constexpr
+    out, lse, sums, states, terms, seqlen_q, blocks, splits,
+    S: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of a query tile in their order; the sink stands before the first."""
+    """Joins the splits of one row, C at a time; the sink stands before the first."""
     ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
+    HEADS_K: tl.constexpr = S.heads // S.group
     program = tl.program_id(0)
-    block = program % blocks
-    h = program // blocks % S.heads
-    b = program // blocks // S.heads
+    i = program % seqlen_q
+    h = program // seqlen_q % S.heads
+    b = program // seqlen_q // S.heads
+    r = i * S.group + h % S.group
+    tile = (b.to(tl.int64) * HEADS_K + h // S.group) * blocks + r // M
     unit, factor = unit_of(terms, S)
-    r = tl.arange(0, M)
-    acc = tl.zeros((M, BLOCK_DV), ACC)
-    peak, total = first_state(h, terms, unit, S, M)
-    for split in range(splits):
-        at = parts + ((program.to(tl.int64) * splits + split) * M + r) * (2 + BLOCK_DV)
-        part = tl.load(at[:, None] + 2 + tl.arange(0, BLOCK_DV)[None, :])
+    acc = tl.zeros((1, BLOCK_DV), ACC)
+    peak, total = first_state(h, terms, unit, S, 1)
+    for first in range(0, splits, C):
+        split = first + tl.arange(0, C)
+        inside = split < splits
+        at = sums + ((tile * splits + split) * M + r % M)[:, None] * BLOCK_DV
+        part = tl.load(at + tl.arange(0, BLOCK_DV)[None, :], mask=inside[:, None], other=0.0)
         if S.activation == RELU or S.activation == SIGMOID:
-            acc += part
+            acc += tl.sum(part, 0)[None, :]
         else:
-            part_peak = tl.load(at)
-            new = tl.maximum(peak, part_peak)
+            state = states + (tile * splits + split) * 2 * M + r % M
+            part_peak = tl.load(state, mask=inside, other=float("-inf"))
+            new = tl.maximum(peak, tl.max(part_peak, 0))
             pivot = tl.where(new == float("-inf"), 0.0, new)
             old = tl.exp2((peak - pivot) * factor)
             more = tl.exp2((part_peak - pivot) * factor)
-            acc = acc * old[:, None] + part * more[:, None]
-            total = total * old + tl.load(at + 1) * more
+            acc = acc * old[:, None] + tl.sum(part * more[:, None], 0)[None, :]
+            total = total * old + tl.sum(tl.load(state + M, mask=inside, other=0.0) * more, 0)
             peak = new
     zero = b.to(tl.int64) * 0
-    finish_tile(
-        acc, peak, total, block * M + r, 0, out, lse, b, h, zero, seqlen_q, terms, unit, S, M, BLOCK_DV
-    )
+    rows = i + tl.arange(0, 1)
+    finish_tile(acc, peak, total, rows, 0, out, lse, b, h, zero, seqlen_q, terms, unit, S, 1, BLOCK_DV)
 
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse."""
-    blocks = cdiv(call.seqlen_q, _ROWS)
-    pairs = call.batch * call.heads * blocks
-    if not pairs:
+    rows = call.batch * call.heads * call.seqlen_q
+    if not rows:
         return
-    widths = [max(16, triton.next_power_of_2(x.shape[-1])) for x in (call.q, call.v)]
-    arch, size = architecture(call.q.device), call.q.element_size()
-    keys = max(16, min(_KEYS, _TILE_BYTES // (max(widths) * size)))
-    stages = config.fitted(Config(_ROWS, keys, max(widths), _WARPS, 3), "decode", arch, size, 4).num_stages
-    splits = max(1, min(cdiv(_PROGRAMS, pairs), cdiv(call.seqlen_k, _SPLIT_KEYS)))
+    shape, widths = tile_shape(call)
+    group = call.heads // call.k.shape[1]
+    blocks = cdiv(call.seqlen_q * group, shape.block_m)
+    tiles = call.batch * call.k.shape[1] * blocks
+    splits = max(1, min(cdiv(_PROGRAMS, tiles), cdiv(call.seqlen_k, _SPLIT_KEYS)))
     wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    parts = torch.empty((pairs, splits, _ROWS, 2 + widths[1]), dtype=wide, device=out.device)
-    shape: dict[str, Any] = {
-        "S": call.static()._replace(cached=True),
-        "M": _ROWS,
-        "BLOCK_DV": widths[1],
-        "num_warps": _WARPS,
-    }
+    sums = torch.empty((tiles, splits, shape.block_m, widths[1]), dtype=wide, device=out.device)
+    states = torch.empty((tiles, splits, 2, shape.block_m), dtype=wide, device=out.device)
+    static = call.static()
+    # Between the bands of two heads of a tile there may be keys that no row keeps.
+    static = static._replace(cached=True, gaps=static.gaps or call.head_bounds is not None)
+    both: dict[str, Any] = {"S": static, "M": shape.block_m, "BLOCK_DV": widths[1]}
     terms = call.terms()
     with on_device(out):
-        decode_split[(pairs * splits,)](
-            call.rows(call.q), call.rows(call.k), call.rows(call.v), parts, terms, call.mask(), _cache(call),
-            *call.lengths_and_band(blocks), splits, N=keys, BLOCK_D=widths[0], num_stages=stages, **shape,
+        decode_split[(tiles * splits,)](
+            call.rows(call.q), call.rows(call.k), call.rows(call.v), sums, states, terms, call.mask(),
+            _cache(call), *call.lengths_and_band(blocks), splits, N=shape.block_n, BLOCK_D=widths[0],
+            num_warps=shape.num_warps, num_stages=shape.num_stages, **both,
         )  # fmt: skip
-        merge_splits[(pairs,)](
-            call.rows(out), call.vector(lse), parts, terms, call.seqlen_q, blocks, splits, **shape
-        )
+        chunk = max(1, min(16, _MERGED_BYTES // (widths[1] * wide.itemsize)))
+        merge_splits[(rows,)](
+            call.rows(out), call.vector(lse), sums, states, terms, call.seqlen_q, blocks, splits, C=chunk,
+            num_warps=4, **both,
+        )  # fmt: skip
+
+
+def tile_shape(call: Call) -> tuple[Config, tuple[int, int]]:
+    """The tile of a call: as many rows as its heads and queries fill, up to the table's. And the columns of q
+    and of v, which are held whole: heads wider than the table's take fewer rows and keys.
+    """
+    dim, dim_v = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (call.q, call.v))
+    arch, size = architecture(call.q.device), call.q.element_size()
+    widest = max(dim, dim_v)
+    found = config.pick("decode", arch, size, widest)
+    times = max(1, widest // config.DIMS[-1])
+    filled = triton.next_power_of_2(call.seqlen_q * (call.heads // call.k.shape[1]))
+    shape = replace(
+        found,
+        block_m=max(_FEWEST_ROWS, min(found.block_m // times, filled)),
+        block_n=max(16, found.block_n // times),
+        block_d=widest,
+    )
+    biases = sum(x.element_size() for x in (call.bias, call.rel_bias) if x is not None)
+    return config.fitted(shape, "decode", arch, size, biases + (call.dropout_p > 0)), (dim, dim_v)
 
 
 def _cache(call: Call) -> Cache:

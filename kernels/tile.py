@@ -279,8 +279,11 @@ def load_column(x, base, r, listed, inside, d):
 def column_sums(
     q, q_base, i, q_inside, k, k_base, j, k_at, k_inside, d, TRANSPOSED: tl.constexpr, ACC: tl.constexpr
 ):
-    """q_id + k_jd of one d, for all pairs of a tile."""
-    q_d = load_column(q, q_base, i, None, q_inside, d).to(ACC)
+    """q_id + k_jd of one d, for all pairs of a tile. k_at: as in `scores`."""
+    if k_at is None:
+        q_d = load_column(q, q_base, i, None, q_inside, d).to(ACC)
+    else:
+        q_d = load_column(q, q_base, i, 0, q_inside, d).to(ACC)
     k_d = load_column(k, k_base, j, k_at, k_inside, d).to(ACC)
     return across(q_d, TRANSPOSED) + across(k_d, not TRANSPOSED)
 
@@ -291,7 +294,8 @@ def scores(
     S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """The scores of a tile, before scale; q_tile and k_tile hold its first BLOCK_D columns. k_at: where keys
-    begin, of a cache (then all columns are held), else None.
+    begin, of a cache, else None; beside a cache all columns are held, and q_base [M] and h [M, 1] are those
+    of each row, for the rows may be of several heads.
     """
     if S.score == DOT:
         return products(

@@ -78,6 +78,11 @@ def assert_fits(kernels: list[dict[str, Any]], arch: str) -> None:
 
 
 def test_matrix_instructions_are_the_ones_meant() -> None:
+    for arch, by_rows in (("sm80", ["HMMA"] * 3), ("sm90", ["HMMA", "HMMA", "HGMMA"])):  # of 16, 32, 64 rows
+        found = [k for k in compiled(arch, "2", "128", "decode", "sass") if k["kernel"] == "decode_split"]
+        for kernel, name in zip(found, by_rows, strict=True):
+            assert kernel["instructions"][name] > 0, kernel
+            assert kernel["instructions"]["LDGSTS"] > 0, kernel
     for arch, wanted in (("sm80", "HMMA"), ("sm90", "HGMMA")):
         for kernel in compiled(arch, "2", "128", "forward", "backward_q", "sass"):
             if kernel["kernel"].startswith("tiled"):

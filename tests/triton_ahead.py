@@ -87,9 +87,9 @@ def facts(kernel: Any, sass: bool) -> dict[str, Any]:
 
 def main(arch: str, size: int, dims: list[int], options: list[str]) -> None:
     from saccade.kernels import call as calls
-    from saccade.kernels import config
+    from saccade.kernels import config, decode
 
-    calls.architecture = lambda device: arch
+    calls.architecture = decode.architecture = lambda device: arch
     passes = [o for o in options if o in config.PASSES] or list(config.PASSES)
     wanted = [
         (n, arch, size, dim, kind) for dim in dims or config.DIMS for n in passes for kind in config.KINDS
@@ -112,6 +112,9 @@ def launch_pass(name: str, dtype: torch.dtype, dim: int, kind: str, dropout: boo
     from saccade.kernels.weights import weights
     from saccade.maskbase import UNBOUNDED
 
+    if name == "decode":
+        launch_decode(dtype, dim)
+        return
     batch, heads, length = 2, 4, 2048
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -138,6 +141,27 @@ def launch_pass(name: str, dtype: torch.dtype, dim: int, kind: str, dropout: boo
         launch.backward(call, dout, None, out, lse, grads, needs)
 
 
+def launch_decode(dtype: torch.dtype, dim: int) -> None:
+    """Decode with each number of rows that a tile may have: a causal call with lengths."""
+    from saccade.kernels import decode
+    from saccade.kernels.call import Call
+    from saccade.maskbase import UNBOUNDED
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    lengths, k, compiled = empty(2, kind=torch.int64), empty(2, 1, 4096, dim), set()
+    for heads in (1, 32, 64):  # of one key head
+        call = Call(
+            empty(2, heads, 1, dim), k, k, *[None] * 14, lengths, None, None, [],
+            [UNBOUNDED, 0, UNBOUNDED, UNBOUNDED], [], 1, 4096, 0, 0, dim**-0.5, 0.0, 0.0, 0.0, 1,
+        )  # fmt: skip
+        rows = decode.tile_shape(call)[0].block_m
+        if rows not in compiled:
+            compiled.add(rows)
+            decode.forward(call, torch.empty_like(call.q), empty(2, heads, 1, kind=torch.float64))
+
+
 def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
     """Every flag and every optional argument of the bodies, each compiled once: the interpreter never asks
     whether the compiler would take them.
@@ -149,7 +173,7 @@ def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
     from saccade.kernels.weights import weights
     from saccade.maskbase import UNBOUNDED
 
-    calls.architecture = lambda device: arch
+    calls.architecture = decode.architecture = lambda device: arch
     batch, heads, heads_k, n = 2, 4, 2, 256
 
     def empty(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""How nn.TransformerEncoder is measured on padded batches: torch's, the same after saccade.accelerate, and
-that with `packed=True`.
+"""How nn.TransformerEncoder is measured: torch's, the same after saccade.accelerate, and, where the batch is
+padded, that with `packed=True`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from .cases import DTYPES, FORWARD, TRAIN, Group
 
 Call = Callable[[], list[Tensor]]
 _EIGHTHS = (8, 5, 2, 1)  # of the whole length, per sequence: half of all tokens are padding
+_TOKENS = 4096  # of a batch without padding
 
 
 @dataclass(frozen=True)
 class EncoderCase:
-    """One call of an encoder of torch's layers, batch 4, with half of the batch padding."""
+    """One call of an encoder of torch's layers: 4096 tokens a batch, or four sequences of which half is
+    padding.
+    """
 
     name: str
     length: int = 1024
+    padded: bool = True
     embed_dim: int = 512
     num_heads: int = 8
     feedforward: int = 2048
@@ -34,6 +38,8 @@ class EncoderCase:
     training: bool = True
 
     def lengths(self) -> list[int]:
+        if not self.padded:
+            return [self.length] * max(1, _TOKENS // self.length)
         return [self.length * n // 8 for n in _EIGHTHS]
 
     def describe(self) -> dict[str, object]:
@@ -42,14 +48,14 @@ class EncoderCase:
         return {
             "case": self.name,
             "dtype": self.dtype,
-            "batch": len(_EIGHTHS),
+            "batch": len(self.lengths()),
             "heads": self.num_heads,
             "heads_k": self.num_heads,
             "seqlen_q": self.length,
             "seqlen_k": self.length,
             "head_dim": head_dim,
             "head_dim_v": head_dim,
-            "mask": f"padding {self.lengths()}",
+            "mask": f"padding {self.lengths()}" if self.padded else "",
             "bias": False,
             "dropout_p": 0.0,
         }
@@ -63,16 +69,24 @@ class EncoderCase:
 
 
 def encoders() -> list[Group]:
-    """Length 1024 with half of it padding, eval and train, fp32 and bf16."""
+    """Length 1024 with half of it padding, then 128 to 1024 without; eval and train, fp32 and bf16."""
+    better = {FORWARD: 1.3, TRAIN: 1.3}
     groups = []
     for dtype in ("fp32", "bf16"):
-        cases = tuple(
-            EncoderCase(
-                f"encoder-{dtype}-{'train' if training else 'eval'}-n1024", dtype=dtype, training=training
+        at_1024 = better if dtype == "bf16" else {}
+        for name, padded, lengths, goal in (
+            (f"encoder {dtype} padded", True, (1024,), better),
+            (f"encoder {dtype} to 512", False, (128, 256, 512), {}),
+            (f"encoder {dtype} 1024", False, (1024,), at_1024),
+        ):
+            cases = tuple(
+                EncoderCase(
+                    f"encoder-{dtype}-{mode}-n{n}", n, padded, dtype=dtype, training=mode.endswith("train")
+                )
+                for n in lengths
+                for mode in (("padded-train", "padded-eval") if padded else ("train", "eval"))
             )
-            for training in (True, False)
-        )
-        groups.append(Group(f"encoder {dtype} padded", cases, "torch"))  # type: ignore[arg-type]
+            groups.append(Group(name, cases, "torch", goal, 1.0))  # type: ignore[arg-type]
     return groups
 
 
@@ -86,7 +100,7 @@ class EncoderWork:
         layer = torch.nn.TransformerEncoderLayer(
             case.embed_dim, case.num_heads, case.feedforward, dropout=0.0, batch_first=True, device=device
         )
-        shape = (len(_EIGHTHS), case.length, case.embed_dim)
+        shape = (len(case.lengths()), case.length, case.embed_dim)
         self._x = torch.randn(shape, device=device).to(self.dtype).requires_grad_(case.training)
         dout = torch.randint(-8, 9, shape, device=device).to(self.dtype) / 8
         torch.random.set_rng_state(generator)
@@ -107,7 +121,7 @@ class EncoderWork:
         return (TRAIN if self.case.training else FORWARD,)
 
     def _call(self, encoder: Any, x: Tensor, dout: Tensor) -> Call:
-        padding = ~self._keep
+        padding = ~self._keep if self.case.padded else None
 
         def evaluate() -> list[Tensor]:
             with torch.no_grad():
@@ -120,9 +134,12 @@ class EncoderWork:
         return train if self.case.training else evaluate
 
     def offers(self, direction: str) -> dict[str, Call | str]:
-        """All three can always."""
+        """Packing is for padding; the others can always."""
         encoders = {"saccade": self._saccade, "saccade-packed": self._packed, "torch": self._torch}
-        return {name: self._call(encoder, self._x, self._dout) for name, encoder in encoders.items()}
+        calls: dict[str, Call | str] = {
+            name: self._call(encoder, self._x, self._dout) for name, encoder in encoders.items()
+        }
+        return calls if self.case.padded else calls | {"saccade-packed": "nothing is padded"}
 
     def fault(self, name: str, direction: str, call: Call) -> str:
         """Compare with torch's encoder in fp64; torch's own error in this dtype is the yardstick."""

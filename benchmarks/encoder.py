@@ -1,5 +1,5 @@
 """How nn.TransformerEncoder is measured: torch's, the same after saccade.accelerate, and, where the batch is
-padded, that with `packed=True`.
+padded, that with `packed=True`; where it is not, what is left without attention.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from saccade.testing import assert_no_worse_than
 from torch import Tensor
 
 from .cases import DTYPES, FORWARD, TRAIN, Group
+from .modules import LINEAR, diagonal, linear_of
 
 Call = Callable[[], list[Tensor]]
 _EIGHTHS = (8, 5, 2, 1)  # of the whole length, per sequence: half of all tokens are padding
@@ -114,41 +115,49 @@ class EncoderWork:
         accelerate(self._saccade, verify=False)
         accelerate(self._packed, verify=False)
         self._packed.packed = True  # type: ignore[assignment]
-        self._known: tuple[list[Tensor], list[Tensor]] | None = None
+        self._linear = linear_of(self._saccade)
+        self._known: dict[bool, tuple[list[Tensor], list[Tensor]]] = {}
 
     @property
     def directions(self) -> tuple[str, ...]:
         return (TRAIN if self.case.training else FORWARD,)
 
-    def _call(self, encoder: Any, x: Tensor, dout: Tensor) -> Call:
+    def _call(self, encoder: Any, x: Tensor, dout: Tensor, alone: bool = False) -> Call:
         padding = ~self._keep if self.case.padded else None
+        mask = diagonal(self.case.length, x.device) if alone else None
 
         def evaluate() -> list[Tensor]:
             with torch.no_grad():
-                return [encoder(x, src_key_padding_mask=padding)]
+                return [encoder(x, mask, src_key_padding_mask=padding)]
 
         def train() -> list[Tensor]:
-            out = encoder(x, src_key_padding_mask=padding)
+            out = encoder(x, mask, src_key_padding_mask=padding)
             return [out.detach(), *torch.autograd.grad(out, [x, *encoder.parameters()], dout)]
 
         return train if self.case.training else evaluate
 
     def offers(self, direction: str) -> dict[str, Call | str]:
-        """Packing is for padding; the others can always."""
-        encoders = {"saccade": self._saccade, "saccade-packed": self._packed, "torch": self._torch}
-        calls: dict[str, Call | str] = {
-            name: self._call(encoder, self._x, self._dout) for name, encoder in encoders.items()
+        """Packing is for padding, and the linear layers alone for none; the others can always."""
+        padded = self.case.padded
+        linear = self._call(self._linear, self._x, self._dout)
+        return {
+            "saccade": self._call(self._saccade, self._x, self._dout),
+            "saccade-packed": self._call(self._packed, self._x, self._dout)
+            if padded
+            else "nothing is padded",
+            "torch": self._call(self._torch, self._x, self._dout),
+            LINEAR: "padding takes no part" if padded else linear,
         }
-        return calls if self.case.padded else calls | {"saccade-packed": "nothing is padded"}
 
     def fault(self, name: str, direction: str, call: Call) -> str:
         """Compare with torch's encoder in fp64; torch's own error in this dtype is the yardstick."""
-        if self._known is None:
+        alone = name == LINEAR
+        if alone not in self._known:
             wide = copy.deepcopy(self._torch).double()
             x = self._x.detach().double().requires_grad_(self.case.training)
-            plain = self._call(self._torch, self._x, self._dout)()
-            self._known = plain, self._call(wide, x, self._dout.double())()
-        for n, triple in enumerate(zip(call(), *self._known, strict=True)):
+            plain = self._call(self._torch, self._x, self._dout, alone)()
+            self._known[alone] = plain, self._call(wide, x, self._dout.double(), alone)()
+        for n, triple in enumerate(zip(call(), *self._known[alone], strict=True)):
             got, plain_one, exact = (y[self._keep] for y in triple) if n == 0 else triple
             try:
                 assert_no_worse_than(got, plain_one, exact, factor=3.0 if n else 2.0, name=f"result {n}")

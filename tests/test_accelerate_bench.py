@@ -18,14 +18,18 @@ def test_encoders(padded: bool, training: bool, dtype: str) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     (direction,) = work.directions
     offers = work.offers(direction)
-    assert set(offers) == {"saccade", "saccade-packed", "torch"}
-    if not padded:
-        assert offers.pop("saccade-packed") == "nothing is padded"
+    assert set(offers) == {"saccade", "saccade-packed", "torch", "linear"}
+    refused = {n: offers.pop(n) for n in list(offers) if isinstance(offers[n], str)}
+    assert refused == (
+        {"linear": "padding takes no part"} if padded else {"saccade-packed": "nothing is padded"}
+    )
     for name, offer in offers.items():
         assert callable(offer) and work.fault(name, direction, offer) == ""
     offer = offers["saccade"]
     assert callable(offer)
     assert work.fault("saccade", direction, lambda: [1.05 * x for x in offer()])
+    if not padded:
+        assert work.fault("linear", direction, offer), "attention is no diagonal"
     assert isinstance(work._saccade.layers[0].self_attn, saccade.nn.MultiheadAttention)
     assert work._packed.packed and type(work._torch) is torch.nn.TransformerEncoder
 

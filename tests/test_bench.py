@@ -103,9 +103,12 @@ def test_modules(flags: dict[str, bool], training: bool) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     assert isinstance(work._saccade, saccade.nn.MultiheadAttention)
     (direction,) = work.directions
-    for name, offer in work.offers(direction).items():
+    offers = work.offers(direction)
+    if case.need_weights:
+        assert offers.pop("linear") == "the weights are asked for"
+    for name, offer in offers.items():
         assert callable(offer) and work.fault(name, direction, offer) == ""
-    offer = work.offers(direction)["saccade"]
+    offer = offers["saccade"]
     assert callable(offer)
     assert work.fault("saccade", direction, lambda: [1.01 * x for x in offer()])
 

@@ -149,10 +149,14 @@ class Cuda:
         return [*"-std=c++17 -O3 -DNDEBUG -Icsrc -cudart=static".split(), *host, *codes]
 
     def link_flags(self) -> list[str]:
-        library = next(self.root.glob("lib*/libcudart_static.a"), None) or next(
-            self.root.glob(f"targets/{platform.machine()}*/lib/libcudart_static.a")
-        )
-        return [str(library), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+        roots = [self.root, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+        folders = ("lib*", f"targets/{platform.machine()}*/lib")
+        found = [path for r in roots for f in folders for path in r.glob(f"{f}/libcudart_static.a")]
+        if not found:
+            raise SystemExit(
+                f"saccade: no libcudart_static.a in {' or '.join(map(str, roots))} (set CUDA_HOME)"
+            )
+        return [str(found[0]), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
 
 
 class NinjaBuild(build_ext):

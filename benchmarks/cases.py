@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from saccade.masks import Causal, KeyPadding, Mask, Window
 
-FORWARD, TRAIN = "forward", "forward+backward"
+FORWARD, TRAIN, BACKWARD = "forward", "forward+backward", "backward"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call. `directions` says whether it is measured forward, forward and backward, or both."""
+    """One attention call. `directions`: what is measured of FORWARD, TRAIN (both passes) and BACKWARD."""
 
     name: str
     batch: int = 1
@@ -65,7 +65,9 @@ class Case:
     def flops(self, direction: str) -> int:
         """Useful floating-point operations over kept pairs: QK' and PV, and five products more backward."""
         d, dv = self.head_dim, self.head_dim_v
-        return 2 * self.pairs() * (d + dv + (3 * d + 2 * dv if direction == TRAIN else 0))
+        forward, backward = d + dv, 3 * d + 2 * dv
+        parts = {FORWARD: forward, BACKWARD: backward, TRAIN: forward + backward}
+        return 2 * self.pairs() * parts[direction]
 
     def plain(self) -> Case:
         """The same call without what may be costly: no dropout, no bias, values as wide as keys."""
@@ -94,7 +96,7 @@ class Group:
     """Cases that are summarised by one geometric mean of speed against `peer`, per direction.
 
     `goal` is the mean the project wants, per direction, and `floor` the least for any single case. `others`
-    are further peers with goals of their own.
+    are further peers with goals of their own; `note` is printed under the table.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Group:
     goal: dict[str, float] = field(default_factory=dict)
     floor: float | None = None
     others: dict[str, dict[str, float]] = field(default_factory=dict)
+    note: str = ""
 
 
 def square(name: str, length: int, **options: object) -> Case:

@@ -16,10 +16,11 @@ from saccade.masks import Mask
 from saccade.testing import assert_no_worse_than
 from torch import Tensor
 
-from .cases import TRAIN, Case
+from .cases import FORWARD, Case
 from .peers import SEED, Inputs
 
 _BLOCK_ENTRIES = 1 << 19  # pairs of one block of rows
+_BLOCK_ENTRIES_CUDA = 1 << 23
 _CHECKED_PAIRS = 1 << 22  # of all heads together, where one head has fewer
 _CHECKED_PLACES = 8
 
@@ -76,7 +77,7 @@ def _rows(s: Slice, start: int, stop: int) -> Tensor:
 
 def results(s: Slice, cotangent: Tensor | None) -> list[Tensor]:
     """The output [Sq, Dv], and with a cotangent the gradients of the slice's leaves."""
-    step = max(1, _BLOCK_ENTRIES // s.k.shape[0])
+    step = max(1, (_BLOCK_ENTRIES_CUDA if s.k.is_cuda else _BLOCK_ENTRIES) // s.k.shape[0])
     outs, grads = [], [torch.zeros_like(x) for x in s.leaves()]
     for start in range(0, s.q.shape[0], step):
         stop = min(start + step, s.q.shape[0])
@@ -142,7 +143,7 @@ class Oracle:
 
     def __init__(self, inputs: Inputs) -> None:
         case = self._case = inputs.case
-        train = TRAIN in case.directions
+        train = case.directions != (FORWARD,)
         self._places = places(case)
         self._plain, self._exact = (
             _joined([of_inputs(inputs, place, dtype, train) for place in self._places])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import torch
 
 from . import machine, memory, plots, report
-from .cases import DTYPES
+from .cases import DTYPES, Group
 from .console import Console
 from .measure import Budget, Clock, Peak
 from .runner import Plan, Row, add_ratios, measure_case, summarise
-from .suites import SUITES
+from .suites import SUITES, Part
 
 QUICK = Budget(0.15, 3, 10)
 
@@ -49,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for CSV, JSON and the picture (default: benchmarks/results)",
     )
+    made.add_argument(
+        "--seconds", type=float, default=0, help="start no case after so long (default: measure them all)"
+    )
     made.add_argument("--list", action="store_true", help="print the cases and stop")
     return made
 
@@ -72,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    content = _measure(plan, selected, tasks)
+    content = _measure(plan, selected, tasks, asked.seconds)
     folder = asked.out or report.default_folder()
     date = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     stem = f"{asked.suite}-{asked.device.replace(':', '')}-{date}"
@@ -80,11 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plots.draw(folder / f"{stem}.png", content):
         files.append(folder / f"{stem}.png")
     print("written:", *files, sep="\n  ")
-    return int(any(r["provider"].startswith("saccade") and r.get("error") for r in content["rows"]))
+    wrong = any(r["provider"].startswith("saccade") and r.get("error") for r in content["rows"])
+    return int(wrong or content["stopped"])
 
 
-def _measure(plan: Plan, selected: list[Any], tasks: list[Any]) -> dict[str, Any]:
+def _measure(plan: Plan, selected: list[Any], tasks: list[Any], seconds: float = 0) -> dict[str, Any]:
     """All rows of a run, with the tables printed as they are ready."""
+    end, stopped = time.monotonic() + (seconds or math.inf), False
     clock = Clock(plan.device)
     peak = Peak(clock, plan.device)
     rows: list[Row] = []
@@ -99,11 +106,15 @@ def _measure(plan: Plan, selected: list[Any], tasks: list[Any]) -> dict[str, Any
         for part, group, wanted in selected:
             mine: list[Row] = []
             for case in wanted:
-                console.step(f"{group.name}: {case.name}")
-                mine += measure_case(part.work(case, plan.device, plan.excluded), group, plan, clock, peak)
-                console.step(f"{group.name}: {case.name}", advance=1)
+                if stopped or time.monotonic() > end:
+                    console.print(f"left out: {group.name}: {case.name}")
+                    continue
+                found = _measured(console, part, group, case, plan, (clock, peak))
+                stopped = stopped or found is None
+                mine += found or []
             add_ratios(mine, groups, peak, DTYPES)
-            report.group_table(console, group.name, mine)
+            if mine:
+                report.group_table(console, group.name, mine, group.note)
             rows += mine
         for case, direction, provider in tasks:
             console.step(f"memory: {case.name}, {provider}")
@@ -117,9 +128,26 @@ def _measure(plan: Plan, selected: list[Any], tasks: list[Any]) -> dict[str, Any
             report.memory_table(console, used)
         rates = peak.rates()
         console.print(
-            "torch.mm 2048^3, GFLOP/s: " + ", ".join(f"{n} {rate:.0f}" for n, rate in rates.items())
+            f"torch.mm {peak.size}^3, GFLOP/s: " + ", ".join(f"{n} {rate:.0f}" for n, rate in rates.items())
         )
-    return {"machine": facts | {"gemm_gflops": rates}, "rows": rows, "summary": summary, "memory": used}
+    return {"machine": facts | {"gemm_gflops": rates}, "rows": rows, "summary": summary, "memory": used,
+            "stopped": stopped}  # fmt: skip
+
+
+def _measured(
+    console: Console, part: Part, group: Group, case: Any, plan: Plan, clocks: tuple[Clock, Peak]
+) -> list[Row] | None:
+    """The rows of a case. None where a GPU has failed: it answers nothing more, what it said is kept."""
+    console.step(f"{group.name}: {case.name}")
+    try:
+        return list(measure_case(part.work(case, plan.device, plan.excluded), group, plan, *clocks))
+    except Exception as error:
+        if not clocks[0].cuda:
+            raise
+        console.print(f"stopped at {group.name}: {case.name}: {type(error).__name__}: {error}")
+        return None
+    finally:
+        console.step(f"{group.name}: {case.name}", advance=1)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Console:
             self._rich: Any = None
             return
         # A file or a pipe has no width of its own: let tables be as wide as they are.
-        self._rich = Rich(highlight=False, width=None if sys.stdout.isatty() else 160)
+        self._rich = Rich(highlight=False, width=None if sys.stdout.isatty() else 240)
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._rich, transient=True)
         self._task = self._progress.add_task("", total=total)

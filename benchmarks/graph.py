@@ -21,8 +21,8 @@ from .graph_cases import GraphCase
 
 Call = Callable[[], list[Tensor]]
 _DENSE_NODES = 2048  # no dense mask above
-_BLOCK_BYTES = 1 << 22  # rows copied at a time when the gather bandwidth is measured
-_ORACLE_EDGES = 1 << 17
+_BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 25}  # copied at a time when the gather bandwidth is measured
+_ORACLE_EDGES = {"cpu": 1 << 17, "cuda": 1 << 21}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def gather(inputs: Inputs, direction: str) -> Call | str:
         by_source = inputs.graph.columns()[1].long()
         rows += [*rows, (inputs.q, by_source), (inputs.dout, by_source)]
     width = inputs.case.heads * inputs.case.head_dim
-    step = max(1, _BLOCK_BYTES // (width * inputs.q.element_size()))
+    step = max(1, _BLOCK_BYTES[inputs.q.device.type] // (width * inputs.q.element_size()))
     block = inputs.q.new_empty(step, width)
     # A block is written again and again, so that only reading goes past the cache.
     pieces = [(x.detach().flatten(1), part) for x, index in rows for part in index.split(step)]
@@ -186,13 +186,14 @@ PROVIDERS = {
 def by_edges(inputs: Inputs, head: int, dtype: torch.dtype, train: bool) -> list[Tensor]:
     """out [N, D], and the gradients of q, k, v, of one head from the formulas, a run of edges at a time."""
     q, k, v, dout = (x.detach()[:, head].to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
-    parts = list(zip(inputs.targets.split(_ORACLE_EDGES), inputs.sources.split(_ORACLE_EDGES), strict=True))
+    run = _ORACLE_EDGES[q.device.type]
+    parts = list(zip(inputs.targets.split(run), inputs.sources.split(run), strict=True))
     scale, n = q.shape[1] ** -0.5, len(q)
     logits = torch.cat([(q[i] * k[j]).sum(-1) * scale for i, j in parts])
     peak = logits.new_full((n,), -torch.inf).scatter_reduce(0, inputs.targets, logits, "amax")
     powers = torch.exp(logits - peak[inputs.targets])
     weights = powers / powers.new_zeros(n).index_add(0, inputs.targets, powers)[inputs.targets]
-    runs = list(zip(parts, weights.split(_ORACLE_EDGES), strict=True))
+    runs = list(zip(parts, weights.split(run), strict=True))
     out = torch.zeros_like(v)
     for (i, j), p in runs:
         out.index_add_(0, i, p[:, None] * v[j])

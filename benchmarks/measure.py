@@ -5,31 +5,38 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 Call = Callable[[], object]
-_GEMM = 2048
+_GEMM, _GEMM_CUDA = 2048, 8192
 _FLUSHED = 256 << 20  # more bytes than any L2 cache holds
+_HEAD_START = 2_000_000  # cycles, about a millisecond
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds for one call: the median of `runs`, and the quartiles."""
+    """Seconds for one call: the median of `runs`, and the quartiles. `host`: on a GPU, the seconds that the
+    host took to ask for it.
+    """
 
     median: float
     low: float
     high: float
     runs: int
+    host: float | None = None
 
 
 class Clock:
-    """Times one call on a device: wall time on the CPU; events around it, after L2 was flushed, on a GPU."""
+    """Times one call on a device: wall time on the CPU; on a GPU events around it, after L2 was flushed and
+    while the GPU has something to do, so that the time of the host does not count (`host` is that time).
+    """
 
     def __init__(self, device: str) -> None:
         self.cuda = torch.device(device).type == "cuda"
         self._flush = torch.empty(_FLUSHED, dtype=torch.int8, device=device) if self.cuda else None
+        self.host: float | None = None
 
     def seconds(self, call: Call, repeats: int = 1) -> float:
         """Mean time of `repeats` calls in a row."""
@@ -40,9 +47,12 @@ class Clock:
             return (time.perf_counter() - start) / repeats
         self._flush.zero_()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START)
         first.record()
+        start = time.perf_counter()
         for _ in range(repeats):
             call()
+        self.host = (time.perf_counter() - start) / repeats
         last.record()
         torch.cuda.synchronize()
         return first.elapsed_time(last) / 1e3 / repeats
@@ -65,17 +75,19 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, budget: Budget) -> dict
         once = clock.seconds(calls[name])  # first touch of memory, lazy initialisation
         if once < 0.05:
             once = clock.seconds(calls[name])
-        repeats[name] = max(
-            1, min(1000, round(2e-3 / max(once, 1e-7)))
-        )  # short calls are timed several at a time
+        # On the CPU short calls are timed several at a time; a GPU's second call would find a warm cache.
+        repeats[name] = 1 if clock.cuda else max(1, min(1000, round(2e-3 / max(once, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in names}
+    hosts: dict[str, list[float]] = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
     while turn < budget.least or (turn < budget.most and time.perf_counter() - start < budget.seconds):
         for n in range(len(names)):
             name = names[(n + turn) % len(names)]
             samples[name].append(clock.seconds(calls[name], repeats[name]))
+            hosts[name] += [] if clock.host is None else [clock.host]
         turn += 1
-    return {name: summary(values) for name, values in samples.items()}
+    found = {name: summary(values) for name, values in samples.items()}
+    return {n: replace(x, host=statistics.median(hosts[n]) if hosts[n] else None) for n, x in found.items()}
 
 
 def summary(values: list[float]) -> Timing:
@@ -87,24 +99,24 @@ def summary(values: list[float]) -> Timing:
 
 
 class Peak:
-    """The machine's matrix product, 2048^3 through torch.mm: its best rate in this run, per dtype.
+    """The machine's matrix product, `size`^3 through torch.mm: its best rate in this run, per dtype.
 
     It is measured again beside every case, so that a slower moment of the machine is not taken for the limit.
     """
 
     def __init__(self, clock: Clock, device: str) -> None:
-        self._clock, self._device = clock, device
+        self._clock, self._device, self.size = clock, device, _GEMM_CUDA if clock.cuda else _GEMM
         self._operands: dict[torch.dtype, torch.Tensor] = {}
         self._best: dict[torch.dtype, float] = {}
 
     def sample(self, dtype: torch.dtype) -> None:
         """Measure once more."""
         if dtype not in self._operands:
-            self._operands[dtype] = torch.randn(_GEMM, _GEMM, device=self._device).to(dtype)
+            self._operands[dtype] = torch.randn(self.size, self.size, device=self._device).to(dtype)
             for _ in range(3):  # the first tables of a run need a limit too
                 self.sample(dtype)
         x = self._operands[dtype]
-        rate = 2 * _GEMM**3 / self._clock.seconds(lambda: torch.mm(x, x))
+        rate = 2 * self.size**3 / self._clock.seconds(lambda: torch.mm(x, x))
         self._best[dtype] = max(rate, self._best.get(dtype, 0.0))
 
     def rate(self, dtype: torch.dtype) -> float:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from saccade.masks import Mask
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import DTYPES, FORWARD, TRAIN, Case
+from .cases import BACKWARD, DTYPES, FORWARD, TRAIN, Case
 
 SEED = 1  # of saccade's dropout, so that its mask can be checked
 Call = Callable[[], list[Tensor]]
@@ -66,7 +67,7 @@ class Inputs:
 
 
 def _call(inputs: Inputs, direction: str, forward: Callable[[], Tensor]) -> Call:
-    """`forward` alone, or with gradients, as one call."""
+    """`forward` alone, with gradients, or the gradients of the first call's output, as one call."""
 
     def forward_only() -> list[Tensor]:
         with torch.no_grad():
@@ -76,7 +77,19 @@ def _call(inputs: Inputs, direction: str, forward: Callable[[], Tensor]) -> Call
         out = forward()
         return [out.detach(), *torch.autograd.grad(out, inputs.leaves(), inputs.dout)]
 
-    return train if direction == TRAIN else forward_only
+    if direction != BACKWARD:
+        return train if direction == TRAIN else forward_only
+    made: list[Tensor] = []
+
+    def backward() -> list[Tensor]:
+        if not made:
+            made.append(forward())
+        return [
+            made[0].detach(),
+            *torch.autograd.grad(made, inputs.leaves(), inputs.dout, retain_graph=True),
+        ]
+
+    return backward
 
 
 def ours(inputs: Inputs, direction: str) -> Call | str:
@@ -99,12 +112,37 @@ def ours_plain(inputs: Inputs, direction: str) -> Call | str:
 
 def sdpa(inputs: Inputs, direction: str) -> Call | str:
     """torch's scaled_dot_product_attention with what it can do without a dense mask."""
-    case = inputs.case
+    return _beyond_sdpa(inputs.case) or _call(inputs, direction, _sdpa(inputs, is_causal=inputs.case.causal))
+
+
+def _beyond_sdpa(case: Case) -> str:
     if case.window is not None or case.lengths is not None or case.bias:
         return "needs a dense mask here: see sdpa-mask"
     if case.causal and case.seqlen_q != case.seqlen_k:
         return "its is_causal is aligned with the start of the keys"
-    return _sdpa(inputs, direction, is_causal=case.causal)
+    return ""
+
+
+def sdpa_by(kernel: str) -> Callable[[Inputs, str], Call | str]:
+    """torch's scaled_dot_product_attention held to one of its kernels for GPUs."""
+
+    def offer(inputs: Inputs, direction: str) -> Call | str:
+        if inputs.q.device.type != "cuda":
+            return "for CUDA devices"
+        if reason := _beyond_sdpa(inputs.case):
+            return reason
+        plain = _sdpa(inputs, is_causal=inputs.case.causal)
+
+        def forward() -> Tensor:
+            with sdpa_kernel(getattr(SDPBackend, kernel)):
+                return plain()
+
+        try:
+            return _call(inputs, direction, forward) if forward() is not None else ""
+        except RuntimeError as error:
+            return f"no kernel: {str(error).splitlines()[0]}"
+
+    return offer
 
 
 def sdpa_mask(inputs: Inputs, direction: str) -> Call | str:
@@ -118,7 +156,8 @@ def sdpa_mask(inputs: Inputs, direction: str) -> Call | str:
         case.batch if case.lengths and (case.causal or case.window) else 1
     ) * case.seqlen_q * case.seqlen_k * 4 > _MASK_BYTES:
         return "a dense mask would not fit"
-    return _sdpa(inputs, direction, attn_mask=inputs.bias if case.bias else _dense(inputs))
+    dense = inputs.bias if case.bias else _dense(inputs)
+    return _call(inputs, direction, _sdpa(inputs, attn_mask=dense))
 
 
 def _dense(inputs: Inputs) -> Tensor:
@@ -131,12 +170,10 @@ def _dense(inputs: Inputs) -> Tensor:
     return dense.masked_fill_(~keep.to(inputs.q.device), -torch.inf)
 
 
-def _sdpa(inputs: Inputs, direction: str, **options: Any) -> Call:
+def _sdpa(inputs: Inputs, **options: Any) -> Callable[[], Tensor]:
     gqa = inputs.case.heads != inputs.case.heads_k
     options |= {"dropout_p": inputs.case.dropout_p, "enable_gqa": gqa}
-    return _call(
-        inputs, direction, lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, **options)
-    )
+    return lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, **options)
 
 
 def flex(inputs: Inputs, direction: str) -> Call | str:
@@ -157,6 +194,8 @@ def flex(inputs: Inputs, direction: str) -> Call | str:
         block_mask = create_block_mask(
             predicate, batch, None, case.seqlen_q, case.seqlen_k, device=inputs.q.device
         )
+    torch._dynamo.reset()  # every case compiles anew; torch counts, and refuses the ninth
+    torch._functorch.config.donated_buffer = False  # the backward pass alone runs again and again
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     q, k, v = (x.detach() if on_cpu else x for x in (inputs.q, inputs.k, inputs.v))
     gqa = case.heads != case.heads_k
@@ -191,6 +230,9 @@ PROVIDERS: dict[str, Provider] = {
     "saccade": Provider(ours),
     "saccade-plain": Provider(ours_plain),
     "sdpa": Provider(sdpa, random=True),
+    "sdpa-flash": Provider(sdpa_by("FLASH_ATTENTION"), random=True),
+    "sdpa-cudnn": Provider(sdpa_by("CUDNN_ATTENTION"), random=True),
+    "sdpa-efficient": Provider(sdpa_by("EFFICIENT_ATTENTION"), random=True),
     "sdpa-mask": Provider(sdpa_mask, random=True),
     "flex": Provider(flex, random=True),
 }

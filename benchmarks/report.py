@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .cases import BACKWARD, FORWARD, TRAIN
 from .console import Console
 
 Row = dict[str, Any]
@@ -18,7 +19,11 @@ def default_folder() -> Path:
     return here / "results" if (here.parent / "pyproject.toml").exists() else Path("saccade-bench")
 
 
-def group_table(console: Console, group: str, rows: list[Row]) -> None:
+def _short(direction: str) -> str:
+    return {FORWARD: "fwd", TRAIN: "fwd+bwd", BACKWARD: "bwd"}[direction]
+
+
+def group_table(console: Console, group: str, rows: list[Row], note: str = "") -> None:
     """One line per case and direction: saccade's figures, every peer's time and saccade's speed over it."""
     names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n != "saccade"]
     names = [n for n in names if any(r["provider"] == n and ("ms" in r or r.get("error")) for r in rows)]
@@ -26,13 +31,15 @@ def group_table(console: Console, group: str, rows: list[Row]) -> None:
     for case, direction in dict.fromkeys((r["case"], r["direction"]) for r in rows):
         here = {r["provider"]: r for r in rows if (r["case"], r["direction"]) == (case, direction)}
         mine = here.get("saccade", {})
-        line = [f"{case}  {'fwd+bwd' if '+' in direction else 'fwd'}", _time(mine), _spread(mine)]
+        line = [f"{case}  {_short(direction)}", _time(mine), _spread(mine)]
         line += [_figure(mine.get("gflops"), "{:.0f}"), _figure(mine.get("peak_fraction"), "{:.2f}")]
         for name in names:
             line += [_time(here.get(name, {})), _times_faster(mine, here.get(name, {}))]
         table.append(line)
     peers = [text for name in names for text in (f"{name} ms", "faster x")]
     console.table(group, ["case", "saccade ms", "quartiles", "GFLOP/s", "of peak", *peers], table)
+    if note:
+        console.print(f"  {note}")
     for row in rows:
         if row.get("error"):
             console.print(
@@ -63,7 +70,7 @@ def summary_table(console: Console, summary: list[Row]) -> None:
     """Geometric means per group."""
     rows = []
     for s in summary:
-        name = f"{s['group']}  {'fwd+bwd' if '+' in s['direction'] else 'fwd'}"
+        name = f"{s['group']}  {_short(s['direction'])}"
         figures = [_figure(s[n], "{:.2f}") for n in ("mean", "goal", "limit", "least", "floor")]
         rows.append([name, s["peer"], str(s["cases"]), *figures, s["least_case"]])
     head = ["group", "against", "cases", "mean x", "goal", "at mm rate", "least x", "floor", "least in"]

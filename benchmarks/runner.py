@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .cases import Group
 from .measure import Budget, Clock, Peak, interleaved
 from .suites import Part, Suite, Work
@@ -48,6 +50,8 @@ def measure_case(work: Work, group: Group, plan: Plan, clock: Clock, peak: Peak)
                 wrong = work.fault(name, direction, offer)
             except Exception as error:  # a peer's failure is a result, not the end of the run
                 wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                if clock.cuda:
+                    torch.cuda.empty_cache()
             if wrong:
                 faults[name] = (wrong, "")
             else:
@@ -62,6 +66,8 @@ def measure_case(work: Work, group: Group, plan: Plan, clock: Clock, peak: Peak)
                 "ms_low": timing.low * 1e3,
                 "ms_high": timing.high * 1e3,
             }
+            if timing.host is not None:
+                milliseconds["host_ms"] = timing.host * 1e3
             yield base | {"provider": name, **milliseconds, "runs": timing.runs, "gflops": rate / 1e9}
         for name, (wrong, absent) in faults.items():
             yield base | {"provider": name, "error": wrong, "absent": absent}

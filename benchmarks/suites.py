@@ -14,6 +14,7 @@ import torch
 from . import cases
 from .attention import AttentionWork
 from .encoder import EncoderWork, encoders
+from .gpu_cases import large_graphs, tiled
 from .graph import GraphWork
 from .graph_cases import graphs
 from .measure import Budget
@@ -79,3 +80,5 @@ register(
     "cpu",
     Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE, _ENCODER), Budget(1.5, 5), True),
 )
+register("gpu", Suite("tensors large enough for a GPU", (Part(AttentionWork, tiled),), Budget(0.4, 5)))
+register("gpu-graph", Suite("graphs large enough for one", (Part(GraphWork, large_graphs),), Budget(0.4, 5)))

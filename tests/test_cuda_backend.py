@@ -203,6 +203,9 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cuda.serves_unasked(problem_of())
 
 
+@pytest.mark.skipif(
+    torch.backends.cuda.is_built() and not torch.cuda.is_available(), reason="this torch asks for a driver"
+)
 def test_a_gpu_call_gets_this_backend_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors that only say that they lie on a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

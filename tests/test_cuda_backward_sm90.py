@@ -129,3 +129,13 @@ def test_the_next_sequence_is_never_read(head_dim: int, arch: int) -> None:
     ):
         assert torch.equal(a[:end], b[:end])
         assert a[end:].isnan().any()
+
+
+@modes
+@pytest.mark.parametrize("lengths", [([3, 40], [0, 0]), ([0, 0], [3, 40])], ids=["no keys", "no queries"])
+def test_nothing_is_there_where_max_seqlen_promises_some(lengths: tuple[list[int], ...], arch: int) -> None:
+    """TMA cannot describe a tensor without rows."""
+    inputs, (*cu, _, _) = packed(*lengths, 64)
+    got = simulated(arch, inputs, layout=packed_layout(*inputs[:2], *cu, 64, 64), return_lse=True)
+    assert not got[0].any() and got[1].eq(-torch.inf).all()
+    assert all(not x.any() for x in derivatives(got[0], inputs))

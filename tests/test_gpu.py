@@ -1,4 +1,6 @@
-"""What only a GPU can show, on every backend that serves it: a small grid, which the sanitizers run too."""
+"""Results on a GPU, of every backend that serves it: a small grid, which the sanitizers run too. Streams,
+graphs and compilation are in test_gpu_runtime.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from typing import Any
 import pytest
 import saccade
 import torch
-from saccade.testing import check_attention, pairwise, tensor_map
+from saccade.testing import Shape, assert_no_worse_than, check_attention, make_inputs, pairwise, tensor_map
+from torch import Tensor
 
 if not torch.cuda.is_available() or saccade.ops_triton.INTERPRETED:
     pytest.skip("needs a CUDA device and TRITON_INTERPRET=0", allow_module_level=True)
@@ -18,26 +21,30 @@ BACKENDS = [name for name in saccade.backends() if name in ("cuda", "triton")]
 MASKS: dict[str, Any] = {"none": None, "causal": saccade.Causal(), "window": saccade.Window(40, 10)}
 
 
-def inputs(dim: int, dtype: torch.dtype = torch.bfloat16, seqlen: int = 190) -> list[torch.Tensor]:
-    return [torch.randn(2, 4, seqlen, dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+DEVICE = "cuda"
+on_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def both(run: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def inputs(dim: int, dtype: torch.dtype = torch.bfloat16, seqlen: int = 190) -> list[Tensor]:
+    return [torch.randn(2, 4, seqlen, dim, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+def both(run: Any, tensors: list[Tensor]) -> list[Tensor]:
     out = run(*tensors)
     return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
 
 
-def on_gpu(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().cuda().requires_grad_(x.requires_grad)
+def on_gpu(x: Tensor) -> Tensor:
+    return x.detach().to(DEVICE).requires_grad_(x.requires_grad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends
 @pytest.mark.parametrize("case", pairwise(AXES), ids=label)
 def test_pairwise(case: dict[str, Any], backend: str) -> None:
     cpu, mask, options = arrange(case)
     tensors = tensor_map(on_gpu, cpu)
     options = {name: tensor_map(on_gpu, value) for name, value in options.items()}
-    mask = None if mask is None else mask.to("cuda")
+    mask = None if mask is None else mask.to(DEVICE)
     try:
         saccade.explain(*tensors, mask, backend=backend, **options)
     except NotImplementedError:
@@ -45,7 +52,7 @@ def test_pairwise(case: dict[str, Any], backend: str) -> None:
     check_attention(tensors, mask, backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_results_are_the_references(backend: str, mask: str, dim: int) -> None:
@@ -57,7 +64,7 @@ def test_results_are_the_references(backend: str, mask: str, dim: int) -> None:
         torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_backends
 def test_results_repeat(backend: str) -> None:
     tensors = inputs(64)
     runs = [
@@ -68,31 +75,119 @@ def test_results_repeat(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_calls_are_captured_in_a_graph(backend: str) -> None:
-    q, k, v = (x.detach() for x in inputs(64))
-    want = saccade.attention(q, k, v, causal=True, backend=backend)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = saccade.attention(q, k, v, causal=True, backend=backend)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(got, want)
+@on_backends
+@pytest.mark.parametrize("name", ["dropout", "bias", "relative", "softcap", "padding", "grouped", "slices"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_general_calls(backend: str, name: str, dim: int) -> None:
+    """What Hopper's own kernels leave to those of sm_80, and what they take beside bands."""
+    q, k, v = make_inputs(Shape(2, 4, 2 if name == "grouped" else 4, 150, 170, dim, dim), torch.float16)
+    tensors = (on_gpu(q), on_gpu(k), on_gpu(v))
+    if name == "slices":  # rows that no 16-byte load reaches
+        tensors = tuple(torch.cat([x, x], -1)[..., 3 : dim + 1].detach().requires_grad_() for x in tensors)  # type: ignore[assignment]
+    mask: Any = saccade.Causal()
+    if name == "padding":
+        mask &= saccade.KeyPadding(torch.arange(170, device=DEVICE).remainder(3).gt(0).expand(2, -1))
+    bias = torch.randn(4, 150, 170, device=DEVICE, dtype=torch.float16, requires_grad=name == "bias")
+    options: dict[str, Any] = {
+        "dropout": {"dropout_p": 0.2, "seed": 5},
+        "bias": {"bias": bias},
+        "relative": {"position": saccade.ALiBi(saccade.ALiBi.default_slopes(4).to(DEVICE))},
+        "softcap": {"softcap": 3.0},
+    }.get(name, {})
+    check_attention(tensors, mask, backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_streams_are_respected(backend: str) -> None:
-    q, k, v = (x.detach() for x in inputs(64, seqlen=2000))
-    want = saccade.attention(q * 2, k, v, backend=backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        doubled = q * 2
-        got = saccade.attention(doubled, k, v, backend=backend)
-    stream.synchronize()
-    assert torch.equal(got, want)
+@on_backends
+@pytest.mark.parametrize("kind", ["rows", "pages", "beam"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_general_decode(backend: str, kind: str, dim: int) -> None:
+    batch, capacity, page = 3, 1040, 16
+    rows = (batch * capacity // page, 2, page) if kind == "pages" else (batch, 2, capacity)
+    q = torch.randn(batch, 8, 2, dim, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(*rows, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    lengths = torch.tensor([1040, 1, 517], device=DEVICE)
+    options: dict[str, Any] = {}
+    if kind == "pages":
+        options["page_table"] = torch.randperm(rows[0]).view(batch, -1).int().to(DEVICE)
+    if kind == "beam":
+        options["beam"] = torch.randint(batch, (batch, capacity)).int().to(DEVICE)
+    got, plain, exact = (
+        saccade.attention_decode(*tensors, lengths, backend=name, **options)
+        for name, tensors in (
+            (backend, (q, k, v)),
+            ("reference", (q, k, v)),
+            ("reference", tuple(x.double() for x in (q, k, v))),
+        )
+    )
+    assert_no_worse_than(got, plain, exact, factor=3.0)
 
 
+def edges(nodes: int, count: int) -> saccade.Graph:
+    """A quarter of the edges end at one node; some stand twice."""
+    index = torch.randint(nodes, (2, count))
+    index[1, : count // 4] = 7
+    return saccade.Graph.from_edge_index(index.to(DEVICE), nodes).prepare()
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_general_graph(backend: str, dtype: torch.dtype, dim: int) -> None:
+    graph = edges(600, 9000)
+    tensors = tuple(
+        torch.randn(2, 600, dim, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    bias = torch.randn(2, graph.num_edges, device=DEVICE, requires_grad=True)
+    check_attention(tensors, graph, backend, edge_bias=bias)  # type: ignore[arg-type]
+
+
+@on_backends
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_packed_sequences(backend: str, dim: int) -> None:
+    ends = torch.tensor([0, 0, 130, 131, 400], device=DEVICE)
+    packed = [
+        torch.randn(400, 4, dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    ]
+    wide = [x.detach().double().requires_grad_() for x in packed]
+
+    def run(name: str) -> Any:
+        return lambda *x: saccade.attention_varlen(*x, ends, ends, 269, 269, causal=True, backend=name)
+
+    for a, b in zip(both(run(backend), packed), both(run("reference"), wide), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2)
+
+
+@on_backends
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 5), (2, 2, 0, 5), (2, 2, 5, 0)], ids=str)
+def test_empty_tensors(backend: str, sizes: tuple[int, ...]) -> None:
+    batch, heads, sq, sk = sizes
+    shapes = ((batch, heads, sq, 64), (batch, heads, sk, 64), (batch, heads, sk, 64))
+    tensors = [torch.randn(s, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    results = both(lambda *x: saccade.attention(*x, causal=True, backend=backend), tensors)
+    assert not any(x.any() for x in results)
+
+
+@on_backends
+def test_far_rows(backend: str) -> None:
+    """Tensors of more than 2^31 elements."""
+    heads, rows, dim = 18, (1 << 20) + 77, 128
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB")
+    q, k, v = (torch.randn(1, heads, rows, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    out = saccade.attention(q, k, v, saccade.Window(63, 0), backend=backend)
+    last = [x[:, -1:, -200:].double() for x in (q, k, v)]
+    want = saccade.attention(*last, saccade.Window(63, 0), backend="reference")[:, :, 64:]
+    torch.testing.assert_close(out[:, -1:, -136:].double(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="no CUDA kernels")
+def test_hoppers_kernel_is_chosen() -> None:
+    kernel = saccade.explain(*inputs(128), saccade.Causal(), backend="cuda").kernel
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert kernel == ("tiled sm_90" if hopper else "tiled sm_80")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no triton")
 def test_new_lengths_compile_nothing() -> None:
     from saccade.kernels.forward import tiled_forward
 

@@ -32,10 +32,10 @@ std::string launch_hopper(Backward90Args& args, int64_t total_q, int64_t total_k
 }
 
 // What the kernel of this file does; everything else goes to those of sm_80.
-bool serves(const GradParams& p) {
+bool serves(const GradParams& p, int64_t total_k) {
   return !saccade_cuda_refuses(&p, 90) &&
          tma_reads(p.dout, p.seqlen_q, p.heads, p.cu_seqlens_q ? 1 : p.batch) &&
-         p.needs & (kNeedK | kNeedV) && p.seqlen_k > 0;
+         p.needs & (kNeedK | kNeedV) && (p.cu_seqlens_k ? total_k : p.seqlen_k) > 0;
 }
 
 std::string backward(const GradParams& p, const int64_t* seed, void* workspace, int64_t lse_count,
@@ -43,7 +43,7 @@ std::string backward(const GradParams& p, const int64_t* seed, void* workspace, 
   Backward90Args args{};
   if (std::string error = prepare_backward(args.all, p, seed, workspace, lse_count, device); !error.empty())
     return error;
-  if (lse_count == 0 || !serves(p)) return run_backward_sm80(args.all, stream);
+  if (lse_count == 0 || !serves(p, total_k)) return run_backward_sm80(args.all, stream);
   args.dq = args.all.rows + 3 * args.all.row_count;
   const bool add_queries = p.needs & kNeedQ && !deterministic;
   const int64_t total_q = lse_count / p.heads;

@@ -39,8 +39,9 @@ struct BackwardConsumer90 {
 
   SACCADE_DEVICE_MEMBER void group_sync() { named_barrier_sync(1 + group, 128); }
   SACCADE_DEVICE_MEMBER void consumers_sync() { named_barrier_sync(3, 256); }
-  // Warps leave a wait one by one, so each gives a tile back for itself.
+  // Warps leave a wait one by one, so each gives a tile back for itself, once every lane has read its own.
   SACCADE_DEVICE_MEMBER void release(uint32_t barrier) {
+    sync_warp();
     if (lane == 0) barrier_arrive(barrier);
   }
 

@@ -33,10 +33,11 @@ std::string forward(const Params& p, const int64_t* seed, int64_t total_q, int64
                     Stream stream) {
   if (const char* reason = saccade_cuda_refuses(&p, 90))
     return std::string("forward_sm90 does not serve ") + reason;
-  if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) return "";
+  if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0 || (p.cu_seqlens_q && total_q == 0)) return "";
   if (std::string error = select_device(device); !error.empty()) return error;
   Forward90Args args{};
   args.tiled = {p, terms_of(p), seed, 0, true, true, true, rows_aligned(p.out)};
+  if (p.cu_seqlens_k && total_k == 0) args.tiled.p.seqlen_k = 0;  // whatever max_seqlen_k promises
   return with_head_dim<64, 128, 256>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, [&](auto size) {
     using Shape = ForwardShape90<decltype(size)::value>;
     return with_dtype(p.q.dtype, [&](auto type) {

@@ -176,7 +176,9 @@ SACCADE_DEVICE void mma_16x8x16<fp16>(float (&c)[4], const uint32_t (&a)[4], uin
 // ---- the host's side; an empty string is success ----
 
 inline std::string cuda_error(const char* name, cudaError_t error) {
-  return error == cudaSuccess ? "" : std::string(name) + ": " + cudaGetErrorString(error);
+  if (error == cudaSuccess) return "";
+  (void)cudaGetLastError();  // else the runtime hands the same error to the next launch
+  return std::string(name) + ": " + cudaGetErrorString(error);
 }
 
 // The static runtime shares the device's primary context with torch's.

@@ -175,7 +175,8 @@ inline EncodeTiled encode_tiled() {
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &result);
-    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) p = nullptr;
+    const bool failed = !cuda_error("cudaGetDriverEntryPointByVersion", error).empty();
+    if (failed || result != cudaDriverEntryPointSuccess) p = nullptr;
     return reinterpret_cast<EncodeTiled>(p);
   }();
   return found;

@@ -200,10 +200,11 @@ class Graph(Mask):
 
     def to(self, device: torch.device | str) -> Graph:
         """The same graph on `device`."""
-        if self.device == torch.device(device):
+        indptr = self.indptr.to(device)
+        if indptr is self.indptr:  # "cuda" is the current one of them
             return self
         ids = None if self.edge_ids is None else self.edge_ids.to(device)
-        return Graph(self.indptr.to(device), self.indices.to(device), ids, self.num_keys, self.num_edges)
+        return Graph(indptr, self.indices.to(device), ids, self.num_keys, self.num_edges)
 
     def add_self_loops(self) -> Graph:
         """Adds the missing edges (i, i), after the existing ones. Needs as many keys as queries."""

@@ -99,7 +99,8 @@ def weights_result(args: tuple[Any, ...], at: dict[str, int]) -> Tensor:
     q, k = args[at["q"]], args[at["k"]]
     extra, softmax1 = args[at["extra_k"]] is not None, args[at["activation"]] == SOFTMAX1
     head = q.shape[:1] if args[at["average"]] else q.shape[:2]
-    return q.new_empty((*head, q.shape[2], k.shape[2] + extra + softmax1))
+    # As numbers: torch 2.11 cannot add a bool to a length that is left open.
+    return q.new_empty((*head, q.shape[2], k.shape[2] + int(extra) + int(softmax1)))
 
 
 def gather_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:

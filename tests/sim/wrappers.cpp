@@ -1,5 +1,5 @@
-// Each wrapper of the device layer against plain C++.
-#include <memory>
+// Each wrapper of the device layer that every GPU has, against plain C++: in the simulator, and on a GPU
+// (tests/test_gpu_wrappers.py).
 
 #include "check.h"
 
@@ -42,7 +42,7 @@ void check_multiply() {
     for (int n = 0; n < 16; ++n) {
       double sum = 1;
       for (int k = 0; k < 16; ++k)
-        sum += to_float(a[size_t(m * 16 + k)]) * to_float(b[size_t(kTransposed ? k * 16 + n : n * 16 + k)]);
+        sum += value(a[size_t(m * 16 + k)]) * value(b[size_t(kTransposed ? k * 16 + n : n * 16 + k)]);
       expect_equal(c[size_t(m * 16 + n)], sum, "c");
     }
 }
@@ -92,175 +92,102 @@ TEST(shuffles_and_named_barriers) {
   for (int t = 0; t < 96; ++t) expect_equal(to[size_t(t)], (t % 32 ^ 5) + 3, "exchanged");
 }
 
-TEST(rounding) {
+// ---- numbers: 12 threads round theirs, by itself and as a pair ----
+
+template <typename T>
+SACCADE_KERNEL(32, 1)
+round_numbers(const float* numbers, int count, float* single, float* pair) {
+  const int t = thread_index();
+  if (t >= count) return;
+  const float x = load_global(numbers + t), next = load_global(numbers + (t + 1) % count);
+  store_global(single + t, to_float(from_float<T>(x)));
+  const uint32_t both = pack<T>(x, next);
+  store_global(pair + 2 * t, bits_to_float<T>(uint16_t(both)));
+  store_global(pair + 2 * t + 1, bits_to_float<T>(uint16_t(both >> 16)));
+}
+template <typename T>
+void check_rounding(const float (&wanted)[12], float error) {
   const float numbers[] = {0,     1,     -2.5f,   1.00390625f, 1.01171875f, 65519,
                            65520, 6e-8f, 2.9e-8f, 5.96e-5f,    1e30f,       -INFINITY};
-  const float as_half[] = {0,        1,        -2.5f,         1.00390625f, 1.01171875f,
-                           65504,    INFINITY, 5.9604645e-8f, 0,           5.9604645e-5f,
-                           INFINITY, -INFINITY};
-  const float as_bf16[] = {0,
-                           1,
-                           -2.5f,
-                           1,
-                           1.015625f,
-                           65536,
-                           65536,
-                           5.9837475e-8f,
-                           2.8987415e-8f,
-                           5.9604645e-5f,
-                           1.0000362e30f,
-                           -INFINITY};
-  for (int i = 0; i < 12; ++i) {
-    const float half = to_float(from_float<fp16>(numbers[i])), brain = to_float(from_float<bf16>(numbers[i]));
-    expect(fabs(half - as_half[i]) <= 1e-3f * fabsf(half) || half == as_half[i],
-           "fp16 of " + std::to_string(numbers[i]));
-    expect(fabs(brain - as_bf16[i]) <= 5e-3f * fabsf(brain) || brain == as_bf16[i],
-           "bf16 of " + std::to_string(numbers[i]));
+  Array<float> from(12), single(12), pair(24);
+  for (size_t i = 0; i < 12; ++i) from[i] = numbers[i];
+  expect_ok(launch("round_numbers", &round_numbers<T>, 1, 32, 0, nullptr, from.data(), 12, single.data(),
+                   pair.data()));
+  for (size_t i = 0; i < 12; ++i) {
+    const float got = single[i];
+    expect(fabsf(got - wanted[i]) <= error * fabsf(got) || got == wanted[i],
+           "of " + std::to_string(numbers[i]));
+    expect(pair[2 * i] == got && pair[(2 * i + 23) % 24] == got, "packed " + std::to_string(numbers[i]));
   }
-  for (uint32_t bits = 0; bits < 0x7C00; ++bits)
-    expect(from_float<fp16>(to_float(fp16{uint16_t(bits)})).bits == bits, "fp16 round trip");
-  expect(isnan(to_float(from_float<fp16>(NAN))) && isnan(to_float(from_float<bf16>(NAN))), "NaN");
+}
+TEST(rounding_fp16) {
+  check_rounding<fp16>({0, 1, -2.5f, 1.00390625f, 1.01171875f, 65504, INFINITY, 5.9604645e-8f, 0,
+                        5.9604645e-5f, INFINITY, -INFINITY},
+                       1e-3f);
+}
+TEST(rounding_bf16) {
+  check_rounding<bf16>({0, 1, -2.5f, 1, 1.015625f, 65536, 65536, 5.9837475e-8f, 2.8987415e-8f, 5.9604645e-5f,
+                        1.0000362e30f, -INFINITY},
+                       5e-3f);
 }
 
-// ---- TMA: a box of a 4-D tensor in, out again and summed ----
+SACCADE_KERNEL(32, 1) fp16_round_trip(int* wrong) {
+  int mine = 0;
+  for (uint32_t bits = uint32_t(thread_index()); bits < 0x7C00; bits += 32)
+    mine += (pack<fp16>(bits_to_float<fp16>(uint16_t(bits)), 0) & 0xFFFF) != bits;
+  const float half = to_float(from_float<fp16>(NAN)), brain = to_float(from_float<bf16>(NAN));
+  store_global(wrong + thread_index(), mine + (half == half) + (brain == brain));
+}
+TEST(every_fp16) {
+  Array<int> wrong(32);
+  expect_ok(launch("fp16_round_trip", &fp16_round_trip, 1, 32, 0, nullptr, wrong.data()));
+  for (size_t i = 0; i < 32; ++i) expect_equal(wrong[i], 0, "changed");
+}
 
-SACCADE_KERNEL(128, 1)
-tma_round_trip(SACCADE_PARAM TensorMap in, SACCADE_PARAM TensorMap out, float* sums, int row) {
-  const uint32_t tile = shared_memory(), barrier = tile + 8192, numbers = barrier + 16;
+SACCADE_KERNEL(32, 1) approximate(const float* x, float* powers, float* inverses) {
   const int t = thread_index();
-  if (t == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-  }
-  sync_threads();
-  if (t == 0) {
-    barrier_expect(barrier, 8192);
-    tma_load(tile, &in, barrier, 32, row, 1, 1);
-  }
-  barrier_wait(barrier, 0);
-  store_shared<float>(numbers + uint32_t(t) * 4, to_float(load_shared<bf16>(tile + uint32_t(t) * 64)));
-  async_fence();
-  sync_threads();
-  if (t == 0) {
-    tma_store(&out, tile, 32, row, 1, 1);
-    bulk_reduce_add(sums, numbers, 512);
-    bulk_commit();
-    bulk_wait<0>();
-  }
+  store_global(powers + t, exp2_approx(load_global(x + t)));
+  store_global(inverses + t, reciprocal_approx(load_global(x + t)));
 }
-TEST(tma_load_store_reduce) {
-  constexpr int D = 80, S = 70, H = 2, B = 2, row = 40;
-  Numbers<bf16> in(D * S * H * B);
-  Array<bf16> out(in.size());
-  Array<float> sums(128);
-  for (size_t i = 0; i < 128; ++i) sums[i] = float(i);
-  const int64_t size[4] = {D, S, H, B}, stride[4] = {1, D, D * S, D * S * H};
-  TensorMap from, to;
-  expect_ok(encode_map<bf16>(from, in.data(), size, stride, 64));
-  expect_ok(encode_map<bf16>(to, out.data(), size, stride, 64));
-  expect_ok(launch("round_trip", &tma_round_trip, 1, 128, 9216, nullptr, from, to, sums.data(), row));
-  for (int i = 0; i < D * S * H * B; ++i) {
-    const int d = i % D, s = i / D % S;
-    const bool inside = d >= 32 && s >= row && i / (D * S) == 3;
-    expect_equal(to_float(out[size_t(i)]), inside ? to_float(in[size_t(i)]) : 0, "stored");
-  }
-  for (int t = 0; t < 128; ++t) {
-    // Thread t read the 64 bytes at t * 64 of the tile: line t / 2, 16-byte chunk 4 (t & 1) under the
-    // swizzle.
-    const int line = t / 2, d = 32 + ((t % 2 * 4) ^ (line % 8)) * 8, s = row + line;
-    const float x = d < D && s < S ? to_float(in[size_t(((3 * S) + s) * D + d)]) : 0;
-    expect_equal(sums[size_t(t)], float(t) + x, "summed");
+TEST(approximations) {
+  Array<float> x(32), powers(32), inverses(32);
+  for (int i = 0; i < 32; ++i) x[size_t(i)] = i == 31 ? -INFINITY : float(i - 16) * 1.37f + 0.5f;
+  expect_ok(launch("approximate", &approximate, 1, 32, 0, nullptr, x.data(), powers.data(), inverses.data()));
+  for (size_t i = 0; i < 32; ++i) {
+    expect_equal(powers[i], exp2(double(x[i])), "power");
+    expect_equal(inverses[i], 1 / double(x[i]), "inverse");
   }
 }
 
-// ---- wgmma, operands placed by TMA ----
+// ---- blocks, loads by type, more shared memory than comes unasked ----
 
-template <typename T, int N, bool kTransposed, bool kRegisters, bool kTransposedA = false>
-SACCADE_KERNEL(128, 1)
-multiply_64xNx64(SACCADE_PARAM TensorMap a, SACCADE_PARAM TensorMap b, const T* rows, float* c) {
-  constexpr int kPanels = kTransposed ? N / 64 : 1, kRows = kTransposed ? 64 : N;
-  const uint32_t A = shared_memory(), B = A + 8192, barrier = B + kPanels * kRows * 128;
+constexpr int kMuchShared = 64 << 10;
+SACCADE_KERNEL(64, 1) number_blocks(const bool* flags, const int64_t* longs, int64_t* to) {
   const int t = thread_index();
-  if (t == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-  }
+  const uint32_t mine = shared_memory() + kMuchShared - 256 + uint32_t(t) * 4;
+  store_shared<int>(mine, t);
   sync_threads();
-  if (t == 0) {
-    barrier_expect(barrier, 8192 + kPanels * kRows * 128);
-    tma_load(A, &a, barrier, 0, 0, 0, 0);
-    for (int p = 0; p < kPanels; ++p) tma_load(B + uint32_t(p) * kRows * 128, &b, barrier, p * 64, 0, 0, 0);
-  }
-  float d[N / 2];
-  uint32_t f[4][4];
-  for (int k = 0; k < 4; ++k)
-    for (int i = 0; i < 4; ++i) {
-      const T* at = rows + (t / 32 * 16 + t % 32 / 4 + i % 2 * 8) * 64 + k * 16 + t % 4 * 2 + i / 2 * 8;
-      f[k][i] = pack<T>(to_float(load_global(at)), to_float(load_global(at + 1)));
-    }
-  barrier_wait(barrier, 0);
-  wgmma_fence();
-  for (int k = 0; k < 4; ++k) {
-    const uint64_t desc_b =
-        matrix_descriptor(B + uint32_t(k) * (kTransposed ? 2048 : 32), kTransposed ? 8192 : 16);
-    if (kRegisters)
-      wgmma_registers<T, N, kTransposed>(d, f[k], desc_b, k > 0);
-    else
-      wgmma_shared<T, N, kTransposed, kTransposedA>(
-          d, matrix_descriptor(A + uint32_t(k) * (kTransposedA ? 2048 : 32), 16), desc_b, k > 0);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-  for (int i = 0; i < N / 2; ++i)
-    store_global(c + (t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * N + i / 4 * 8 + t % 4 * 2 + i % 2, d[i]);
+  const int other = load_shared<int>(mine ^ 4);
+  const int64_t sum = load_global(longs + t) + (load_global(flags + t) ? 1 : 0) + other;
+  store_global(to + block_index() * 64 + t, sum * 10 + block_count());
 }
-template <typename T, int N, bool kTransposed, bool kRegisters, bool kTransposedA = false>
-void check_wgmma() {
-  Numbers<T> a(64 * 64), b(64 * size_t{N}, 3);
-  Array<float> c(64 * size_t{N});
-  TensorMap map_a, map_b;
-  const int64_t columns = kTransposed ? N : 64, lines = kTransposed ? 64 : N;
-  expect_ok(encode_map<T>(map_a, a.data(), {64, 64, 1, 1}, {1, 64, 4096, 4096}, 64));
-  expect_ok(encode_map<T>(map_b, b.data(), {columns, lines, 1, 1}, {1, columns, 64 * N, 64 * N}, int(lines)));
-  expect_ok(launch("wgmma", &multiply_64xNx64<T, N, kTransposed, kRegisters, kTransposedA>, 1, 128,
-                   8192 + N * 128 + 16, nullptr, map_a, map_b, a.data(), c.data()));
-  for (int m = 0; m < 64; ++m)
-    for (int n = 0; n < N; ++n) {
-      double sum = 0;
-      for (int k = 0; k < 64; ++k)
-        sum += to_float(a[size_t(kTransposedA ? k * 64 + m : m * 64 + k)]) *
-               to_float(b[size_t(kTransposed ? k * N + n : n * 64 + k)]);
-      expect_equal(c[size_t(m * N + n)], sum, "d");
-    }
-}
-TEST(wgmma_64) { check_wgmma<bf16, 64, false, false>(); }
-TEST(wgmma_128_fp16) { check_wgmma<fp16, 128, false, false>(); }
-TEST(wgmma_256_registers) { check_wgmma<bf16, 256, false, true>(); }
-TEST(wgmma_64_transposed_registers) { check_wgmma<fp16, 64, true, true>(); }
-TEST(wgmma_128_transposed_registers) { check_wgmma<bf16, 128, true, true>(); }
-TEST(wgmma_256_transposed) { check_wgmma<bf16, 256, true, false>(); }
-TEST(wgmma_32) { check_wgmma<fp16, 32, false, false>(); }
-TEST(wgmma_64_both_transposed) { check_wgmma<bf16, 64, true, false, true>(); }
-TEST(wgmma_128_both_transposed) { check_wgmma<fp16, 128, true, false, true>(); }
-
-// ---- bulk load: a run of numbers ----
-
-SACCADE_KERNEL(32, 1) load_run(const float* from, float* to) {
-  const uint32_t run = shared_memory(), barrier = run + 128;
-  const int t = thread_index();
-  if (t == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-    barrier_expect(barrier, 128);
-    bulk_load(run, from, barrier, 128);
+TEST(blocks_and_loads) {
+  Array<bool> flags(64);
+  Array<int64_t> longs(64), to(5 * 64);
+  for (size_t i = 0; i < 64; ++i) {
+    flags[i] = i % 3 == 0;
+    longs[i] = (int64_t(1) << 40) + int64_t(i);
   }
-  sync_threads();
-  barrier_wait(barrier, 0);
-  store_global(to + t, load_shared<float>(run + uint32_t(t) * 4));
+  expect_ok(launch("number_blocks", &number_blocks, 5, 64, kMuchShared, nullptr, flags.data(), longs.data(),
+                   to.data()));
+  for (int i = 0; i < 5 * 64; ++i) {
+    const int t = i % 64;
+    expect(to[size_t(i)] == (longs[size_t(t)] + (t % 3 == 0) + (t ^ 1)) * 10 + 5, "a block's numbers");
+  }
 }
-TEST(bulk_load_run) {
-  Numbers<float> from(40);
-  Array<float> to(32);
-  expect_ok(launch("load_run", &load_run, 1, 32, 256, nullptr, from.data() + 8, to.data()));
-  for (size_t t = 0; t < 32; ++t) expect_equal(to[t], from[t + 8], "loaded");
+TEST(fill) {
+  Numbers<float> x(100);
+  expect_ok(fill_zero(x.data(), 99 * sizeof(float), nullptr));
+  for (size_t i = 0; i < 99; ++i) expect_equal(x[i], 0, "filled");
+  expect_equal(x[99], number(99), "left");
 }

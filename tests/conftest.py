@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,3 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_triton = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
         if is_triton and item.get_closest_marker("many_calls"):
             item.add_marker(pytest.mark.full)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,13 +10,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def run(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> Iterator[ModuleType]:
     """The module `run` of the example in the test module's FOLDER; what it imports beside it can be imported
     too. One thread: on a busy machine, threads of steps of microseconds wait for each other.
     """
@@ -25,10 +26,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     forget()
     import run
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield run
-    torch.set_num_threads(threads)
     forget()
 
 

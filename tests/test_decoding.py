@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,16 +11,10 @@ import torch
 from saccade.nn import DecoderState, beam_search, greedy_search, length_penalty
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 E, H, N, S, T = 24, 4, 3, 7, 11
 PADDING = torch.arange(S) >= torch.tensor([7, 3, 5])[:, None]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(layers: int = 2, **options: Any) -> saccade.nn.TransformerDecoder:

@@ -157,6 +157,7 @@ def test_graph_forms_agree() -> None:
         graph.prepare(),
     ):
         assert torch.equal(twin.materialize(), expected)
+    assert graph.to("cpu") is graph.to(torch.device("cpu")) is graph
     assert graph.indptr.dtype == torch.int64 and graph.indices.dtype == torch.int32
     turned = graph.transpose()
     assert torch.equal(turned.edge_index, EDGES.flip(0)) and torch.equal(turned.materialize(), expected.t())

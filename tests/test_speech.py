@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,18 +19,12 @@ from saccade.nn import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 E, H, N, S = 16, 4, 3, 23
 LENGTHS = torch.tensor([23, 9, 1])
 PADDING = torch.arange(S) >= LENGTHS[:, None]
 F64: dict[str, Any] = {"dtype": torch.float64}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomised(module: Any) -> Any:

@@ -1,7 +1,7 @@
 // The tiled body, forward: flash attention over key tiles (Dao, arXiv 2307.08691) with queries in the lanes.
 #pragma once
 #include "kernels.h"
-#include "tile.h"
+#include "parts.h"
 
 namespace saccade {
 namespace SACCADE_ISA {

@@ -1,0 +1,199 @@
+// From a tile and dO to the gradients of its logits and scores, and what that needs of the query block and
+// the keys.
+#pragma once
+#include "tiled_relative.h"
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+template <typename M>
+struct BackwardBuffers {
+  using T = typename M::T;
+  using E = typename M::Element;
+  int64_t ld, ldv;  // padded row lengths of queries and dout
+  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse, *lse_low, *delta, *dQ;
+  E *queries, *douts, *keys, *values, *columns, *weights, *query_rows, *dout_rows;
+  bool* dead;
+
+  BackwardBuffers(const Params& p, Arena& a) {
+    const int64_t D = p.head_dim, Dv = p.head_dim_v;
+    ld = round_up(D, M::kPad);
+    ldv = round_up(Dv, M::kPad);
+    S = a.take<T>(kBlockN * kBlockM);
+    dP = a.take<T>(kBlockN * kBlockM);
+    cap = a.take<T>(p.softcap != 0 ? kBlockN * kBlockM : 0);
+    bias = a.take<T>(p.bias ? kBlockN * (kBlockM + kLanes<T>) : 0);
+    Z = a.take<T>(p.dropout_p > 0 ? kBlockN * kBlockM : 0);
+    block_q = a.take<T>(kBlockM * ld);
+    block_do = a.take<T>(kBlockM * ldv);
+    block_o = a.take<T>(kBlockM * (ld > ldv ? ld : ldv));
+    lse = a.take<T>(kBlockM);
+    lse_low = a.take<T>(kBlockM);
+    delta = a.take<T>(kBlockM);
+    dQ = a.take<T>(round_up(D, kRowPad) * kBlockM);
+    queries = a.take<E>(M::packed_size(D, kBlockM));
+    douts = a.take<E>(M::packed_size(Dv, kBlockM));
+    keys = a.take<E>(M::rows_size(kBlockN, D));
+    values = a.take<E>(M::rows_size(kBlockN, Dv));
+    columns = a.take<E>(M::columns_size(kBlockN, D));
+    weights = a.take<E>(M::kSharesTile ? 0 : M::packed_size(kBlockN, kBlockM));
+    query_rows = a.take<E>(M::kSharesTile ? 0 : M::packed_size(kBlockM, ld));
+    dout_rows = a.take<E>(M::kSharesTile ? 0 : M::packed_size(kBlockM, ldv));
+    dead = a.take<bool>(kBlockN);
+  }
+};
+
+// A query block made ready: its operands, lse in base 2 (+inf where no weight can arise), delta = rowsum(dO *
+// O) - dlse.
+template <typename M>
+struct BackwardBlock {
+  using T = typename M::T;
+  typename M::B queries, douts, query_rows, dout_rows;
+
+  BackwardBlock(const GradParams& p, const QueryBlock& q, BackwardBuffers<M>& w) {
+    const int64_t D = p.head_dim, Dv = p.head_dim_v;
+    const Matrix<T> qs = block_rows<T>(p.q, q, D, w.ld, w.block_q),
+                    dos = block_rows<T>(p.dout, q, Dv, w.ldv, w.block_do);
+    queries = M::pack_columns(qs.p, qs.ld, q.rows, q.lanes, D, w.queries);
+    douts = M::pack_columns(dos.p, dos.ld, q.rows, q.lanes, Dv, w.douts);
+    query_rows = M::pack_rows(qs.p, qs.ld, q.rows, w.ld, w.query_rows);
+    dout_rows = M::pack_rows(dos.p, dos.ld, q.rows, w.ldv, w.dout_rows);
+    for (int64_t i = 0; i < q.lanes; ++i) w.lse[i] = kInf<T>, w.lse_low[i] = w.delta[i] = T(0);
+    if (!is_softmax(p)) return;
+    const WeightOf<T> weight_of(p);
+    const double* lse = lse_at(p, p.lse, q);
+    const double* dlse = p.dlse ? lse_at(p, p.dlse, q) : nullptr;
+    const Matrix<T> outs = block_rows<T>(p.out, q, Dv, w.ldv, w.block_o);
+    for (int64_t i = 0; i < q.rows; ++i) {
+      weight_of.split(lse[i], w.lse[i], w.lse_low[i]);
+      Vec<T> sum{};
+      T rest = T(0);
+      int64_t d = 0;
+      for (; d + kLanes<T> <= Dv; d += kLanes<T>)
+        sum += load(dos.p + i * dos.ld + d) * load(outs.p + i * outs.ld + d);
+      for (; d < Dv; ++d) rest += dos.p[i * dos.ld + d] * outs.p[i * outs.ld + d];
+      for (int l = 0; l < kLanes<T>; ++l) rest += sum[l];
+      w.delta[i] = rest - (dlse ? T(dlse[i]) : T(0));
+    }
+  }
+};
+
+// w.S becomes the weights (after dropout), w.dP the gradient of the natural logits; 0 at masked pairs
+// whatever stands in their key.
+template <typename M>
+static void weigh_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  const T unit = T(logit_unit(p));
+  const WeightOf<T> weight_of(p);
+  const bool softmax = is_softmax(p), drop = p.dropout_p > 0;
+  for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
+    const Vec<T> lse = load(w.lse + i), low = load(w.lse_low + i), delta = load(w.delta + i);
+    const Interval keys = lane_keys<T>(q, t, i);
+    clear_outside(keys, t.n, q.lanes, w.S + i);
+    clear_outside(keys, t.n, q.lanes, w.dP + i);
+    for (int64_t j = keys.begin; j < keys.end; ++j) {
+      T *s = w.S + j * q.lanes + i, *d = w.dP + j * q.lanes + i;
+      const Vec<T> logit = load(s), z = drop ? load(w.Z + j * q.lanes + i) : splat<T>(T(1));
+      const Vec<T> dP = drop ? load(d) * z : load(d);
+      Vec<T> weight, grad;
+      if (softmax) {
+        weight = weight_of(logit, lse, low);
+        grad = weight * (dP - delta);
+      } else {
+        weight = activate<T>(p.activation, logit * unit);
+        grad = p.activation == Activation::kReLU ? (weight > T(0) ? dP : Vec<T>{})
+                                                 : weight * (T(1) - weight) * dP;
+      }
+      store(d, logit == -kInf<T> ? Vec<T>{} : grad);
+      store(s, drop ? weight * z : weight);
+    }
+  }
+}
+
+// Operands of a key tile.
+template <typename M>
+struct TileOperands {
+  typename M::A keys, values;
+  TileParts parts;
+};
+
+template <typename M>
+static TileOperands<M> gradient_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t,
+                                     const BackwardBlock<M>& block, BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  const int64_t D = p.head_dim, Dv = p.head_dim_v, e = size_of(p.k.dtype);
+  TileOperands<M> o;
+  if (t.extra) {
+    o.keys = M::row(static_cast<const char*>(p.extra_k) + q.h * D * e, p.k.dtype, D, w.keys);
+    o.values = M::row(static_cast<const char*>(p.extra_v) + q.h * Dv * e, p.v.dtype, Dv, w.values);
+  } else {
+    o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, nullptr, w.keys);
+    o.values = M::rows(p, p.v, q.seq, q.b, q.hk, t.j0, t.n, Dv, nullptr, w.values);
+  }
+  o.parts = tile_parts<M>(p, q, t);
+  const bool some_dead = tile_logits<M>(p, q, t, o.parts, o.keys, block.queries, w.S, w.cap, w.bias, w.dead);
+  tile_scores<M>(q, o.parts, Dv, o.values, block.douts, w.dP);
+  if (p.dropout_p > 0) dropout_tile<T>(p, q, t, w.Z);
+  weigh_tile<M>(p, q, t, w);
+  if (some_dead) o.keys = M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, D, w.dead, w.keys);
+  return o;
+}
+
+// w.dP from the gradient of the logits to that of the bare score.
+template <typename M>
+static void score_gradient(const GradParams& p, const QueryBlock& q, int64_t n, BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  const T scale = T(p.scale);
+  for (int64_t x = 0; x < n * q.lanes; x += kLanes<T>) {
+    Vec<T> g = load(w.dP + x) * scale;
+    if (p.softcap != 0) {
+      const Vec<T> c = load(w.cap + x), none{};
+      g = g == T(0) ? none : g * (T(1) - c * c);  // a masked pair's c may be NaN
+    }
+    store(w.dP + x, g);
+  }
+}
+
+template <typename T>
+SACCADE_FORCE T lane_sum(Vec<T> v) {
+  T s = T(0);
+  for (int l = 0; l < kLanes<T>; ++l) s += v[l];
+  return s;
+}
+
+// Gradients of w . phi(q + k) from w.dP; dK rows are `ld` apart.
+template <typename T>
+static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t n, Broadcast<T> keys,
+                              const T* queries, const T* dS, T* dQ, T* dK, int64_t ld, double* dW) {
+  const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
+  const T slope = T(p.slope);
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+      const T key = keys.p[j * keys.row + d * keys.col];
+      Vec<T> dk{}, dw{};
+      for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
+        const Vec<T> x = load(queries + d * q.lanes + i) + key, g = load(dS + j * q.lanes + i);
+        Vec<T> phi, slope_of;
+        if (p.score == Score::kAdditive) {
+          phi = tanhv<T>(x);
+          slope_of = T(1) - phi * phi;
+        } else {
+          phi = x > T(0) ? x : slope * x;
+          slope_of = x > T(0) ? splat<T>(T(1)) : splat<T>(slope);
+        }
+        // A masked pair has g = 0, but phi may be NaN where its key is.
+        const Vec<T> none{};
+        const Vec<T> dx = g == T(0) ? none : g * w[d] * slope_of;
+        dk += dx;
+        dw += g == T(0) ? none : g * phi;
+        store(dQ + d * q.lanes + i, load(dQ + d * q.lanes + i) + dx);
+      }
+      dK[j * ld + d] += lane_sum<T>(dk);
+      dW[d] += double(lane_sum<T>(dw));
+    }
+}
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

@@ -177,18 +177,13 @@ static void gather_rows_item(const GatherParams& p, int64_t item, char* scratch,
 template <typename T, typename S>
 static void gather_rows_merge(const GatherParams& p, int64_t item, char*, char* workspace) {
   const RowSplit split(p.indptr, p.seqlen_q, p.edges);
-  const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::piece_size(p);
-  int64_t end = 0;
-  const int64_t row = split.cut_row(t, end);
-  if (row < 0) return;
   Arena shared{workspace};
-  EdgeNumbers<T> numbers(p, shared);
-  T* sum = shared_piece(numbers.pieces, size, split.items(), b, t, 1);
-  for (int64_t other = t + 1; other <= end; ++other) {
-    const T* part = shared_piece(numbers.pieces, size, split.items(), b, other, 0);
-    for (int64_t x = 0; x < size; ++x) sum[x] += part[x];
-  }
-  write_queries<T, S>(p, b, row, sum, round_up(p.head_dim, kLanes<T>), round_up(p.edge_dim, kLanes<T>));
+  const EdgeNumbers<T> numbers(p, shared);
+  T* sum;
+  const int64_t b = item / split.items(), t = item % split.items();
+  const int64_t row = sum_pieces(split, b, t, numbers.pieces, EdgeNumbers<T>::piece_size(p), sum);
+  if (row >= 0)
+    write_queries<T, S>(p, b, row, sum, round_up(p.head_dim, kLanes<T>), round_up(p.edge_dim, kLanes<T>));
 }
 
 template <typename T, typename S>

@@ -69,6 +69,20 @@ static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q
   }
 }
 
+// The row that item t cuts at its end, its pieces added up in the order of their edges; -1: none.
+template <typename T>
+static int64_t sum_pieces(const RowSplit& split, int64_t b, int64_t t, T* pieces, int64_t size, T*& sum) {
+  int64_t end = 0;
+  const int64_t row = split.cut_row(t, end);
+  if (row < 0) return row;
+  sum = shared_piece(pieces, size, split.items(), b, t, 1);
+  for (int64_t other = t + 1; other <= end; ++other) {
+    const T* part = shared_piece(pieces, size, split.items(), b, other, 0);
+    for (int64_t x = 0; x < size; ++x) sum[x] += part[x];
+  }
+  return row;
+}
+
 template <typename T, typename S>
 static void write_keys(const GatherParams& p, int64_t b, int64_t key, const T* sums, int64_t ldk,
                        int64_t ldv) {
@@ -168,18 +182,13 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
 template <typename T, typename S>
 static void gather_columns_merge(const GatherParams& p, int64_t item, char*, char* workspace) {
   const RowSplit split(p.t_indptr, p.seqlen_k, p.edges);
-  const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::column_size(p);
-  int64_t end = 0;
-  const int64_t key = split.cut_row(t, end);
-  if (key < 0) return;
   Arena shared{workspace};
-  EdgeNumbers<T> numbers(p, shared);
-  T* sum = shared_piece(numbers.columns, size, split.items(), b, t, 1);
-  for (int64_t other = t + 1; other <= end; ++other) {
-    const T* part = shared_piece(numbers.columns, size, split.items(), b, other, 0);
-    for (int64_t x = 0; x < size; ++x) sum[x] += part[x];
-  }
-  write_keys<T, S>(p, b, key, sum, round_up(p.head_dim, kLanes<T>), round_up(p.head_dim_v, kLanes<T>));
+  const EdgeNumbers<T> numbers(p, shared);
+  T* sum;
+  const int64_t b = item / split.items(), t = item % split.items();
+  const int64_t key = sum_pieces(split, b, t, numbers.columns, EdgeNumbers<T>::column_size(p), sum);
+  if (key >= 0)
+    write_keys<T, S>(p, b, key, sum, round_up(p.head_dim, kLanes<T>), round_up(p.head_dim_v, kLanes<T>));
 }
 
 constexpr int64_t kEdgeItem = 4096;

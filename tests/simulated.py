@@ -143,6 +143,8 @@ class Simulated:
         if at.beam is not None:
             p.beam_batch = at.beam.stride(0)
         mask.band = (ctypes.c_int64 * 4)(*args.band)
+        self.chunks = (ctypes.c_int64 * len(args.chunks))(*args.chunks)  # lives as long as the call
+        mask.chunks, mask.num_chunks = ctypes.addressof(self.chunks), len(args.chunks) // 2
         for name in ("head_bounds", "lengths", "keep", "q_ids", "k_ids"):
             setattr(mask, name, pointer(getattr(args, name)))
         for name in ("keep", "q_ids", "k_ids"):

@@ -36,8 +36,8 @@ def transposed_columns() -> Problem:
     return Problem.of(q, k.mT.contiguous().mT, v)
 
 
-def decoding(trained: bool = False) -> Problem:
-    q, k, v = (x.requires_grad_(trained) for x in make_inputs(SMALL, BF16))
+def decoding(trained: bool = False, dtype: torch.dtype = BF16) -> Problem:
+    q, k, v = (x.requires_grad_(trained) for x in make_inputs(SMALL, dtype))
     return Problem.of(q, k, v, layout=Layout(seqused_k=torch.tensor([3, 36]), max_seqlen_k=36))
 
 
@@ -69,7 +69,14 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lengths": (lambda: problem_of(mask=KeyPadding(torch.tensor([3, 9]))), ()),
     "keep": (lambda: problem_of(mask=KeyPadding(torch.ones(2, 36).bool())), ()),
     "segments": (lambda: problem_of(mask=Segments(torch.zeros(40).int(), torch.zeros(36).int())), ()),
-    "chunks": (lambda: problem_of(mask=Chunks(8, align="end")), ("chunks",)),
+    "chunks": (lambda: problem_of(mask=Chunks(8, align="end")), ()),
+    "causal chunks": (lambda: problem_of(mask=Chunks(8, 1, align="end") & Causal()), ()),
+    "chunks and a gap": (lambda: problem_of(mask=Chunks(8, align="end") & Band(9, -2)), ()),
+    "several chunks": (
+        lambda: problem_of(mask=Chunks(8, align="end") & Chunks(6, align="end")),
+        ("several masks of chunks",),
+    ),
+    "chunks of a graph": (lambda: problem_of(mask=GRAPH & Chunks(8, align="end")), ()),
     "graph": (lambda: problem_of(mask=GRAPH), ()),
     "fp32 graph": (lambda: problem_of(dtype=torch.float32, mask=GRAPH), ()),
     "fp64 graph": (lambda: problem_of(dtype=torch.float64, mask=GRAPH), ("nor float32",)),
@@ -104,6 +111,13 @@ PROBLEMS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "cache": (decoding, ()),
     "trained cache": (lambda: decoding(True), ("gradients through a key cache",)),
+    "fp32 cache": (lambda: decoding(dtype=torch.float32), ()),
+    "fp64 cache": (lambda: decoding(dtype=torch.float64), ("nor float32",)),
+    "trained fp32 cache": (lambda: decoding(True, torch.float32), ("gradients through a key cache",)),
+    "trained fp32 query": (
+        lambda: problem_of(Shape(2, 4, 2, 1, 300, 16, 16), torch.float32),
+        ("float32 gradients",),
+    ),
     "one query": (lambda: problem_of(Shape(2, 4, 2, 1, 300, 16, 16)), ()),
     "two reasons": (lambda: problem_of(dtype=torch.float32, activation="relu"), ("float32", "activations")),
 }
@@ -119,7 +133,7 @@ def test_reasons_are_named(name: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name", sorted(PROBLEMS.keys() - {"trained alibi", "trained cache"})
+    "name", sorted(name for name in PROBLEMS if not name.startswith("trained"))
 )  # no matter of a call's Params
 def test_reasons_are_those_of_the_kernels(name: str) -> None:
     problem, kernels, p = PROBLEMS[name][0](), Simulated(80), Params()
@@ -133,7 +147,6 @@ def test_reasons_are_those_of_the_kernels(name: str) -> None:
     some = spec.layout.seqused_k if spec.layout.seqused_k is not None else problem.q
     for field, present in (("extra_k", problem.extra_k), ("seqused_k", spec.layout.seqused_k)):
         setattr(p, field, None if present is None else some.data_ptr())
-    p.mask.num_chunks = len(spec.args.chunks) // 2
     names = ("saccade_cuda_refuses", "saccade_cuda_decode_refuses", "saccade_cuda_gather_refuses")
     tiled, *others = (getattr(kernels.library, name) for name in names)
     for refuses in (tiled, *others):
@@ -159,15 +172,17 @@ def test_what_hopper_takes() -> None:
         "sink",
         "softmax1",
         "softcap",
+        "chunks",
+        "causal chunks",
     } <= taken
     left = {"expanded", "columns apart", "odd head_dim", "keep", "segments", "bias", "alibi", "dropout"}
-    assert not taken & (left | {"negative scale"})
+    assert not taken & (left | {"negative scale", "chunks and a gap"})
 
 
 def test_no_gradient_asked_for_is_no_reason() -> None:
     problem = PROBLEMS["trained alibi"][0]()
     with torch.no_grad():
-        assert not cuda.beyond(problem)
+        assert not cuda.beyond(problem) and not cuda.beyond(PROBLEMS["trained fp32 query"][0]())
 
 
 @pytest.mark.parametrize(

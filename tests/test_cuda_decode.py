@@ -27,7 +27,7 @@ from torch import Tensor
 
 pytestmark = needs_compiler
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DRAW = torch.Generator().manual_seed(1)
 KEEP = torch.rand(2, 300, generator=DRAW) < 0.7
 IDS = torch.sort(torch.randint(0, 3, (2, 300), generator=DRAW)).values
@@ -57,7 +57,7 @@ CASES = pairwise(
         "terms": list(TERMS),
         "heads_k": [1, 2, 4],
         "dims": [(32, 24), (64, 64), (128, 96), (40, 256)],
-        "dtype": [BF16, FP16],
+        "dtype": [BF16, FP16, FP32],
     }
 )
 
@@ -81,18 +81,21 @@ def test_options(case: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_shapes(shape: Shape) -> None:
-    check(80, make_inputs(shape, BF16), Causal(), body=DECODE)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_shapes(shape: Shape, dtype: torch.dtype) -> None:
+    check(80, make_inputs(shape, dtype), Causal(), body=DECODE)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_layouts(order: str) -> None:
-    check(80, make_inputs(Shape(2, 2, 1, 2, 300, 32, 32), FP16, order), body=DECODE)
+    for dtype in (FP16, FP32):
+        check(80, make_inputs(Shape(2, 2, 1, 2, 300, 32, 32), dtype, order), body=DECODE)
 
 
 @pytest.mark.parametrize("schedule", range(4))
-def test_any_schedule(schedule: int) -> None:
-    inputs = make_inputs(Shape(1, 2, 1, 2, 600, 64, 64), BF16)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_any_schedule(schedule: int, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Shape(1, 2, 1, 2, 600, 64, 64), dtype)
     check(80, inputs, Causal(), schedule, DECODE)
     twice = [simulated(80, inputs, Causal(), s, DECODE) for s in (schedule, 9)]
     assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
@@ -103,10 +106,11 @@ def test_gradients_follow() -> None:
     check_gradients(make_inputs(Shape(2, 2, 1, 1, 300, 64, 64), BF16), MASKS["keep"], body=DECODE)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("name", ["keep", "per head"])
-def test_dead_keys_are_never_read(name: str) -> None:
+def test_dead_keys_are_never_read(name: str, dtype: torch.dtype) -> None:
     """NaN in keys and values that no query of their head keeps reaches nothing."""
-    q, k, v = make_inputs(Shape(2, 4, 1, 3, 300, 64, 64), BF16)
+    q, k, v = make_inputs(Shape(2, 4, 1, 3, 300, 64, 64), dtype)
     dead = torch.zeros(2, 1, 300, dtype=torch.bool)
     mask: Any = KeyPadding(KEEP)
     if name == "keep":
@@ -161,7 +165,7 @@ CACHES = pairwise(
         ],
         "seqlen_q": [1, 3, 8],
         "dims": [(64, 64), (16, 8), (128, 128), (256, 256)],
-        "dtype": [BF16, FP16],
+        "dtype": [BF16, FP16, FP32],
     }
 )
 
@@ -195,5 +199,5 @@ def test_lengths_are_clamped() -> None:
 
 
 def test_what_is_not_served_is_named() -> None:
-    with pytest.raises(RuntimeError, match="decode does not serve tensors other than bf16 or fp16"):
-        simulated(80, make_inputs(Shape(1, 1, 1, 4, 4, 16, 16), torch.float32), body=DECODE)
+    with pytest.raises(RuntimeError, match="decode does not serve tensors other than fp32, bf16 or fp16"):
+        simulated(80, make_inputs(Shape(1, 1, 1, 4, 4, 16, 16), torch.float64), body=DECODE)

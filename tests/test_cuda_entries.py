@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import saccade
 import torch
-from saccade import Causal, Graph, KeyPadding, Window, ops
+from saccade import Causal, Chunks, Graph, KeyPadding, Window, ops
 from saccade.autograd import attend
 from saccade.problem import Problem
 from saccade.testing import ORDERS, Shape, derivatives, leaves, make_inputs
@@ -45,6 +45,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "bias": {"bias": torch.randn(4, 1, 36)},
     "dropout": {"dropout_p": 0.4, "seed": 7},
     "lengths": {"mask": KeyPadding(torch.tensor([3, 36]))},
+    "chunks": {"mask": Chunks(10, 1, align="end")},
     "softmax1": {"activation": "softmax1", "softcap": 2.0, "scale": 0.7},
 }
 
@@ -160,7 +161,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif("cuda" not in saccade.backends(), reason="no GPU, or kernels not compiled")
-@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
 def test_decode_on_a_gpu(dtype: torch.dtype) -> None:
     q, k, v = (x.detach() for x in make_inputs(Shape(2, 8, 2, 3, 700, 128, 128), dtype, device="cuda"))
     lengths = torch.tensor([700, 33], device="cuda")

@@ -24,7 +24,8 @@ MATRIX_90 = ("HGMMA", "UTMALDG.4D", "USETMAXREG", "WARPGROUP.DEPBAR", "SYNCS.PHA
 WANTED = {
     "forward_sm80": MATRIX_80,
     "forward_sm90": (*MATRIX_90, "UTMASTG.4D"),
-    "6decodeI": (*MATRIX_80, "LDGSTS.E.BYPASS.128"),
+    "6decodeI(6__half|13__nv_bfloat16)": (*MATRIX_80, "LDGSTS.E.BYPASS.128"),
+    "6decodeIf": ("FFMA", "LDGSTS.E.BYPASS.128"),
     "decode_merge|gather_(forward|merge|rows|sum|backward_queries|backward_keys)": ("LDG.E.128",),
     "backward_keys_sm80": MATRIX_80,
     "backward_queries_sm80": MATRIX_80,
@@ -139,6 +140,13 @@ def test_instructions(kernels: list[Kernel]) -> None:
             start for name, wanted in WANTED.items() if re.search(name, kernel.name) for start in wanted
         ):
             assert kernel.count(start), f"{kernel.name} for {kernel.arch} has no {start}"
+
+
+def test_single_precision_is_exact(kernels: list[Kernel]) -> None:
+    """Matrix instructions would round fp32 to TF32."""
+    for kernel in kernels:
+        if re.search("decodeIf|gather.*If", kernel.name):
+            assert not kernel.count("HMMA"), kernel.name
 
 
 def test_products_run_asynchronously(kernels: list[Kernel]) -> None:

@@ -20,6 +20,7 @@ MESSAGES = {
     "fault_bounds": "global address out of bounds: 4 bytes, ending 4 bytes past the nearest tensor",
     "fault_deadlock": "deadlock in block 0: threads 0-0 wait at mbarrier",
     "fault_empty_barrier": "more arrivals than expected",
+    "fault_hand_back": "is there again before the others",
     "fault_parity": "deadlock",
 }
 

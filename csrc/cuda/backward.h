@@ -55,10 +55,6 @@ SACCADE_DEVICE float pair_gradient(const Terms& t, float weight, float dproduct,
   return weight == 0 ? 0 : weight * (dproduct - delta);
 }
 
-SACCADE_DEVICE bool band_keeps(const Band& band, int i, int j) {
-  return j >= i + band.low && j < i + band.high && j < band.keys;
-}
-
 // Bit 4 n + 2 half + c: dropout keeps the pair that entry c of half `half` of 16 x 8 block n stands for.
 // `place` gives query and key of such an entry. Rolled, since Philox is long.
 template <int kEntries, typename PlaceOf>
@@ -77,8 +73,8 @@ SACCADE_DEVICE uint32_t undropped_entries(uint64_t seed, uint32_t threshold, con
 // A tile of queries of one head.
 struct QueryTile {
   int h, m;
-  Band band;
-  bool whole;  // every pair is kept by the band
+  int low, high;  // of the head's band, which otherwise is its sequence's
+  bool whole;     // every pair is kept by the band
 };
 
 // Which tiles of queries a block of keys meets, head by head.
@@ -100,15 +96,19 @@ struct QueryTiles {
   }
   SACCADE_DEVICE_MEMBER void enter() {
     for (;; ++head.h) {
-      band = band_of(args.p.mask, head);
-      range = query_tiles_of<Shape::kBlockM>(band, j0, j0 + Shape::kBlockN, head.seqlen_q);
+      band = band_of(args.p.mask, args.terms, head);
+      const int key = anew(j0);
+      range = query_tiles_of<Shape::kBlockM>(band, key, key + Shape::kBlockN, head.seqlen_q);
       m = range.first;
       if (m < range.last || head.h == last_head) return;
     }
   }
   SACCADE_DEVICE_MEMBER bool valid() const { return m < range.last; }
   SACCADE_DEVICE_MEMBER QueryTile tile() const {
-    return {head.h, m, band, m >= range.full_first && m < range.full_last};
+    return {head.h, m, band.low, band.high, m >= range.full_first && m < range.full_last};
+  }
+  SACCADE_DEVICE_MEMBER Band band_of_tile(const QueryTile& tile) const {
+    return {tile.low, tile.high, band.keys, band.shift, band.size, band.left};
   }
   SACCADE_DEVICE_MEMBER void next() {
     if (++m == range.last && head.h < last_head) {

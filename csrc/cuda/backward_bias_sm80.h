@@ -64,6 +64,8 @@ backward_bias_sm80(SACCADE_PARAM BackwardArgs args) {
     sync_threads();
     const int i = m * kBlockM + row0, j0 = n * kBlockN + l % 4 * 2;
     const RowStats row[2] = {stats_of(args, x, i), stats_of(args, x, i + 8)};
+    const int begin[2] = {first_key(band, i), first_key(band, i + 8)};
+    const int end[2] = {i < seqlen_q ? end_key(band, i) : 0, i + 8 < seqlen_q ? end_key(band, i + 8) : 0};
     float s[kTiles][4], dp[kTiles][4];
     multiply_rows<T, kHeadDim, kBlockN>(s, queries, warp * 16, keys);
     multiply_rows<T, kHeadDim, kBlockN>(dp, douts, warp * 16, values);
@@ -78,8 +80,7 @@ backward_bias_sm80(SACCADE_PARAM BackwardArgs args) {
     for (int t = 0; t < kTiles; ++t)
       for (int e = 0; e < 4; ++e) {
         const int query = i + e / 2 * 8, key = j0 + t * 8 + e % 2;
-        const bool kept =
-            query < seqlen_q && band_keeps(band, query, key) && keeps_pair(p.mask, x.b, query, key);
+        const bool kept = key >= begin[e / 2] && key < end[e / 2] && keeps_pair(p.mask, x.b, query, key);
         float slope, weight = 0;
         if (kept) weight = pair_weight<true>(args, x, s[t][e], query, key, row[e / 2], slope);
         const bool keep = undropped >> (4 * t + e) & 1;
@@ -89,7 +90,7 @@ backward_bias_sm80(SACCADE_PARAM BackwardArgs args) {
   for (int b = bs.begin; b < bs.end; ++b)
     for (int h = hs.begin; h < hs.end; ++h) {
       const Head x = head_of(p, b, h);
-      const Band band = band_of(p.mask, x);
+      const Band band = band_of(p.mask, args.terms, x);
       for (int m = ms.begin; m < ms.end; ++m) {
         const TileRange range = tiles_of<kBlockN>(band, m * kBlockM, least((m + 1) * kBlockM, seqlen_q));
         for (int n = most(ns.begin, range.first); n < least(ns.end, range.last); ++n)

@@ -20,7 +20,7 @@ std::string saccade::launch_backward_keys(BackwardArgs args, Stream stream) {
   return with_shape(args.p, [&](auto size, auto type) {
     constexpr int kHeadDim = decltype(size)::value;
     using T = decltype(type);
-    return is_general(args.p, args.terms) ? launch_keys<T, KeysShape80<kHeadDim, true>>(args, stream)
-                                          : launch_keys<T, KeysShape80<kHeadDim, false>>(args, stream);
+    return is_general(args.terms) ? launch_keys<T, KeysShape80<kHeadDim, true>>(args, stream)
+                                  : launch_keys<T, KeysShape80<kHeadDim, false>>(args, stream);
   });
 }

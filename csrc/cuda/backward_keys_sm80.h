@@ -72,13 +72,19 @@ backward_keys_sm80(SACCADE_PARAM BackwardArgs args) {
     Head x = at.head;
     x.h = tile.h;
     const int i0 = tile.m * kBlockM + l % 4 * 2;
+    const Band band = at.band_of_tile(tile);
+    int begin[2], end[2];
+    for (int half = 0; kMasked && half < 2; ++half) {
+      begin[half] = first_query(band, j + half * 8);
+      end[half] = end_query(band, j + half * 8, x.seqlen_q);
+    }
     float s[kTiles][4], dp[kTiles][4], slope[kTiles][4];
     multiply_rows<T, kHeadDim, kBlockM>(s, keys, warp_row, queries_in(stage));
     SACCADE_UNROLL
     for (int n = 0; n < kTiles; ++n)
       for (int e = 0; e < 4; ++e) {
         const int i = i0 + n * 8 + e % 2, key = j + e / 2 * 8;
-        bool kept = !kMasked || (i < x.seqlen_q && band_keeps(tile.band, i, key));
+        bool kept = !kMasked || (i >= begin[e / 2] && i < end[e / 2]);
         if (kGeneral) kept = kept && keeps_pair(p.mask, x.b, i, key);
         s[n][e] =
             kept ? pair_weight<kGeneral>(args, x, s[n][e], i, key, stats_of(args, x, i), slope[n][e]) : 0.0f;

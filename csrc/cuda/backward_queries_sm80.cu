@@ -3,7 +3,7 @@
 
 std::string saccade::launch_backward_queries(BackwardArgs args, Stream stream) {
   const Params& p = args.p;
-  const bool general = is_general(p, args.terms);
+  const bool general = is_general(args.terms);
   return with_shape(p, [&](auto size, auto type) {
     using Shape = QueriesShape80<decltype(size)::value>;
     using T = decltype(type);

@@ -26,7 +26,7 @@ backward_queries_sm80(SACCADE_PARAM BackwardArgs args) {
   const Head x = head_of(p, int(heads / p.heads), int(heads % p.heads));
   const int i0 = (args.blocks - 1 - int(block_index() % args.blocks)) * kBlockM;
   if (i0 >= x.seqlen_q) return;
-  const Band band = band_of(p.mask, x);
+  const Band band = band_of(p.mask, args.terms, x);
   const TileRange range = tiles_of<kBlockN>(band, i0, least(i0 + kBlockM, x.seqlen_q));
 
   const uint32_t queries = shared_memory(), douts = queries + Shape::kQueryBytes,
@@ -56,7 +56,7 @@ backward_queries_sm80(SACCADE_PARAM BackwardArgs args) {
             i = i0 + warp_row + l / 4;  // and i + 8
   const RowStats row[2] = {stats_of(args, x, i), stats_of(args, x, i + 8)};
   const uint64_t seed = kGeneral && args.terms.dropout ? seed_of(args) : 0;
-  const bool may_be_dead = kGeneral && (p.bias || irregular(p.mask));
+  const bool may_be_dead = kGeneral && args.terms.may_be_dead;
   float dq[kHeadDim / 8][4] = {};
 
   const auto step = [&](int n, auto masked) {
@@ -66,6 +66,11 @@ backward_queries_sm80(SACCADE_PARAM BackwardArgs args) {
     float s[kTiles][4], dp[kTiles][4];
     multiply_rows<T, kHeadDim, kBlockN>(s, queries, warp_row, keys_in(n));
     multiply_rows<T, kHeadDim, kBlockN>(dp, douts, warp_row, keys_in(n) + Shape::kTileBytes);
+    int begin[2], end[2];
+    for (int half = 0; kMasked && half < 2; ++half) {
+      begin[half] = first_key(band, i + half * 8);
+      end[half] = i + half * 8 < x.seqlen_q ? end_key(band, i + half * 8) : 0;
+    }
     uint32_t alive = 0, undropped = ~0u;
     if (kGeneral && args.terms.dropout)
       undropped =
@@ -77,7 +82,7 @@ backward_queries_sm80(SACCADE_PARAM BackwardArgs args) {
     for (int t = 0; t < kTiles; ++t)
       for (int e = 0; e < 4; ++e) {
         const int query = i + e / 2 * 8, key = j0 + t * 8 + e % 2;
-        bool kept = !kMasked || (query < x.seqlen_q && band_keeps(band, query, key));
+        bool kept = !kMasked || (key >= begin[e / 2] && key < end[e / 2]);
         if (kGeneral) kept = kept && keeps_pair(p.mask, x.b, query, key);
         float slope = 0, weight = 0;
         if (kept) weight = pair_weight<kGeneral>(args, x, s[t][e], query, key, row[e / 2], slope);

@@ -23,7 +23,8 @@ struct BackwardShape90 {
   static constexpr int kQueries = 2 * kKeyBytes, kDouts = kQueries + kQueryStages * kQueryBytes;
   static constexpr int kGrads = kDouts + kDoutStages * kQueryBytes, kSlotsAt = kGrads + kGradBytes;
   static constexpr int kRows = kSlotsAt + (kWithQueries ? kConsumers : kSplit ? 1 : 0) * kSlotBytes;
-  static constexpr int kBarriers = kRows + (kQueryStages + kDoutStages) * kBlockM * 4;
+  static constexpr int kReach = kRows + (kQueryStages + kDoutStages) * kBlockM * 4;
+  static constexpr int kBarriers = kReach + kBlockN * 8;
   static constexpr int kSharedBytes =
       kBarriers + 8 * (1 + 2 * kQueryStages + 2 * kDoutStages) + 1024;  // the last for alignment
   static_assert(kSharedBytes <= 227 << 10, "the shared memory of sm_90");
@@ -60,6 +61,7 @@ struct BackwardRing90 {
   SACCADE_DEVICE_MEMBER uint32_t deltas(uint32_t n) const {
     return base + Shape::kRows + (kQ + n % kO) * Shape::kBlockM * 4;
   }
+  SACCADE_DEVICE_MEMBER uint32_t reach(int key) const { return base + Shape::kReach + uint32_t(key) * 8; }
   SACCADE_DEVICE_MEMBER uint32_t barrier(uint32_t i) const { return base + Shape::kBarriers + i * 8; }
   SACCADE_DEVICE_MEMBER uint32_t keys_full() const { return barrier(0); }
   SACCADE_DEVICE_MEMBER uint32_t queries_full(uint32_t n) const { return barrier(1 + n % kQ); }

@@ -84,9 +84,9 @@ struct BackwardConsumer90 {
     Head x = at.head;
     SACCADE_ROLLED
     for (x.h = block.hk * int(args.all.p.heads / args.all.p.heads_k); x.h <= at.last_head; ++x.h) {
-      const Band band = band_of(args.all.p.mask, x);
-      begin = least(begin, band.low - block.j0);
-      end = most(end, least(band.keys, x.seqlen_q - 1 + band.high) - block.j0);
+      const Band band = band_of(args.all.p.mask, args.all.terms, x);
+      begin = least(begin, first_key(band, 0) - block.j0);
+      end = most(end, end_key(band, x.seqlen_q - 1) - block.j0);
     }
     zero_rows(ring.keys(), kBlockN, begin, end);
     consumers_sync();
@@ -100,11 +100,39 @@ struct BackwardConsumer90 {
     group_sync();
   }
 
+  // The queries that each key of this warp reaches but for the band, in shared memory: numbers that only
+  // tiles at an edge need.
+  SACCADE_DEVICE_MEMBER void store_reach() {
+    Band all = at.band;
+    all.low = -(1 << 30), all.high = 1 << 30;
+    if (lane % 4 == 0)
+      for (int half = 0; half < 2; ++half) {
+        const int key = row0 + half * 8, j = block.j0 + key;
+        const uint2 reach{uint32_t(first_query(all, j)), uint32_t(end_query(all, j, at.head.seqlen_q))};
+        store_shared(ring.reach(key), reach);
+      }
+    sync_warp();
+  }
+  // Pairs that are masked, to -inf, of which the weight is 0.
+  SACCADE_DEVICE_MEMBER void hide_scores(const QueryTile& tile) {
+    SACCADE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int j = block.j0 + row0 + half * 8, i0 = tile.m * kBlockM + lane % 4 * 2;
+      const uint2 reach = load_shared<uint2>(ring.reach(row0 + half * 8));
+      const int begin = most(j - tile.high + 1, int(reach.x)) - i0,
+                end = least(j - tile.low + 1, int(reach.y)) - i0;
+      SACCADE_UNROLL
+      for (int t = 0; t < kBlockM / 8; ++t)
+        for (int c = 0; c < 2; ++c)
+          if (t * 8 + c < begin || t * 8 + c >= end) s[4 * t + 2 * half + c] = -kInfinity;
+    }
+  }
   // S becomes the weights P, rounded in `weights`. Under softcap s keeps P times the slope of the cap, what
   // dP is to be multiplied by.
   template <bool kMasked, bool kCapped>
   SACCADE_DEVICE_MEMBER void weigh_as(const QueryTile& tile, uint32_t n) {
     const Terms& terms = args.all.terms;
+    if (kMasked) hide_scores(tile);
     SACCADE_UNROLL
     for (int t = 0; t < kBlockM / 8; ++t) {
       const int column = t * 8 + lane % 4 * 2;
@@ -115,9 +143,7 @@ struct BackwardConsumer90 {
         float weight[2], *products = s + 4 * t + 2 * half;
         SACCADE_UNROLL
         for (int c = 0; c < 2; ++c) {
-          const int i = tile.m * kBlockM + column + c;
-          const bool kept =
-              !kMasked || (i < at.head.seqlen_q && band_keeps(tile.band, i, block.j0 + row0 + half * 8));
+          const bool kept = !kMasked || !kCapped || products[c] != -kInfinity;
           const float cap = kCapped ? tanh_of(terms.per_cap * products[c]) : 0;
           const float exponent = kCapped ? (terms.softcap * cap - high[c]) * terms.factor
                                          : fmaf(products[c], terms.factor, -high[c]);
@@ -299,6 +325,7 @@ struct BackwardConsumer90 {
     SACCADE_UNROLL
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0;
     barrier_wait(ring.keys_full(), 0);
+    if constexpr (kFormsValues) store_reach();
     if constexpr (kWithQueries) zero_dead_keys();
     for (uint32_t n = 0; at.valid(); ++n) {
       const QueryTile tile = at.tile();

@@ -22,10 +22,14 @@ struct DecodeGrid {
 };
 
 template <typename T, int kHeadDim>
-std::string launch_decode(const DecodeArgs& args, int64_t tiles, Stream stream) {
-  using Shape = DecodeShape<kHeadDim>;
+std::string launch_decode(DecodeArgs args, int64_t tiles, Stream stream) {
+  using Shape = DecodeShape<T, kHeadDim>;
   const Params& p = args.p;
-  const bool general = is_general(p, args.terms) || p.mask.head_bounds;
+  args.aligned_q = vectors_aligned<T>(p.q);
+  args.aligned_k = vectors_aligned<T>(p.k);
+  args.aligned_v = vectors_aligned<T>(p.v);
+  args.aligned_out = vectors_aligned<T>(p.out);
+  const bool general = is_general(args.terms) || p.mask.head_bounds;
   std::string error = launch("decode", general ? &decode<T, kHeadDim, true> : &decode<T, kHeadDim, false>,
                              tiles * args.splits, Shape::kThreads, Shape::kSharedBytes, stream, args);
   if (!error.empty() || args.splits == 1) return error;
@@ -51,14 +55,11 @@ std::string run_decode(const Params& p, const int64_t* seed, void* workspace, in
   args.splits = int(grid.splits);
   args.sums = static_cast<float*>(workspace);
   args.peaks = args.sums + grid.sums();
-  args.aligned_q = rows_aligned(p.q);
-  args.aligned_k = rows_aligned(p.k);
-  args.aligned_v = rows_aligned(p.v);
-  args.aligned_out = rows_aligned(p.out);
   return with_head_dim<64, 128, 256>(grid.head_dim, [&](auto size) {
-    return with_dtype(p.q.dtype, [&](auto type) {
+    const auto run = [&](auto type) {
       return launch_decode<decltype(type), decltype(size)::value>(args, grid.tiles, stream);
-    });
+    };
+    return p.q.dtype == DType::kFloat32 ? run(float()) : with_dtype(p.q.dtype, run);
   });
 }
 

@@ -10,7 +10,7 @@ namespace saccade {
 // The states of a block's warps, in their order, to one split's state or, of one split, to results.
 template <typename T, int kHeadDim>
 SACCADE_DEVICE void merge_warps(const DecodeArgs& args, uint32_t warps, int64_t tile, int split) {
-  using Shape = DecodeShape<kHeadDim>;
+  using Shape = DecodeShape<T, kHeadDim>;
   constexpr int kFours = kHeadDim / 4;
   SACCADE_ROLLED
   for (int e = thread_index(); e < kDecodeRows * kFours; e += Shape::kThreads) {
@@ -43,9 +43,9 @@ SACCADE_DEVICE void merge_warps(const DecodeArgs& args, uint32_t warps, int64_t 
 // ---- the kernels ----
 
 template <typename T, int kHeadDim, bool kGeneral>
-SACCADE_KERNEL(DecodeShape<kHeadDim>::kThreads, 1)
+SACCADE_KERNEL((DecodeShape<T, kHeadDim>::kThreads), 1)
 decode(SACCADE_PARAM DecodeArgs args) {
-  using Shape = DecodeShape<kHeadDim>;
+  using Shape = DecodeShape<T, kHeadDim>;
   constexpr int kKeys = Shape::kKeys, kColumns = kKeys / 8;
   const Params& p = args.p;
   const int64_t tile = block_index() / args.splits;
@@ -58,7 +58,7 @@ decode(SACCADE_PARAM DecodeArgs args) {
   int begin[2], end[2], some_begin = INT32_MAX, some_end = 0, all_begin = 0, all_end = INT32_MAX;
   for (int half = 0; half < 2; ++half) {
     row[half] = decode_row(args, tile, l / 4 + half * 8);
-    const Band band = band_of(p.mask, row[half].x);
+    const Band band = band_of(p.mask, args.terms, row[half].x);
     begin[half] = row[half].alive ? first_key(band, row[half].i) : 0;
     end[half] = row[half].alive ? end_key(band, row[half].i) : 0;
     if (begin[half] < end[half]) {
@@ -102,25 +102,27 @@ decode(SACCADE_PARAM DecodeArgs args) {
   load_keys(n, 0);
 
   SACCADE_ROLLED
-  for (int c = thread_index(); c < kDecodeRows * kHeadDim / 8; c += Shape::kThreads) {
-    const int r = c / (kHeadDim / 8), column = c % (kHeadDim / 8) * 8;
+  for (int c = thread_index(); c < kDecodeRows * kHeadDim / kVector<T>; c += Shape::kThreads) {
+    const int r = c / (kHeadDim / kVector<T>), column = c % (kHeadDim / kVector<T>)*kVector<T>;
     const DecodeRow of = decode_row(args, tile, r);
     const T* from = rows_at<T>(p.q, of.x.b, of.x.h, of.i) + column * p.q.col;
-    const uint32_t to = chunk_at<kHeadDim>(queries, r, column / 8);
-    if (of.alive && args.aligned_q && column + 8 <= p.head_dim) {
+    const uint32_t to = chunk_at<kWidth<T, kHeadDim>>(queries, r, column / kVector<T>);
+    if (of.alive && args.aligned_q && column + kVector<T> <= p.head_dim) {
       store_shared(to, load_global(reinterpret_cast<const uint4*>(from)));
       continue;
     }
     SACCADE_ROLLED
-    for (int d = 0; d < 8; ++d)
-      store_shared(to + uint32_t(d) * 2, of.alive && column + d < p.head_dim ? load_global(from + d * p.q.col)
-                                                                             : from_float<T>(0.0f));
+    for (int d = 0; d < kVector<T>; ++d)
+      store_shared(to + uint32_t(d * sizeof(T)), of.alive && column + d < p.head_dim
+                                                     ? load_global(from + d * p.q.col)
+                                                     : from_float<T>(0.0f));
   }
   sync_threads();
 
   const uint64_t seed = kGeneral && args.terms.dropout ? seed_of(args) : 0;
   // Heads with bounds of their own may leave a gap between them.
-  const bool may_be_dead = kGeneral && (p.bias || irregular(p.mask) || p.mask.head_bounds);
+  const bool may_be_dead = kGeneral && (args.terms.may_be_dead || p.mask.head_bounds);
+  const bool many = args.group * p.seqlen_q > kDecodeRows / 2;
   RunningSoftmax softmax;
   float out[kHeadDim / 8][4] = {};
   SACCADE_ROLLED
@@ -131,7 +133,10 @@ decode(SACCADE_PARAM DecodeArgs args) {
     const uint32_t keys = stages + uint32_t(stage) * 2 * Shape::kTileBytes, values = keys + Shape::kTileBytes;
     const int j0 = n * kKeys;
     float s[kColumns][4];
-    multiply_rows<T, kHeadDim, kKeys>(s, queries, 0, keys);
+    if constexpr (sizeof(T) == 4)
+      multiply_exactly<kHeadDim, kKeys>(s, queries, keys, many);
+    else
+      multiply_rows<T, kHeadDim, kKeys>(s, queries, 0, keys);
     uint32_t alive = 0;
     if (kGeneral || j0 < all_begin || j0 + kKeys > all_end) {
       SACCADE_UNROLL
@@ -163,8 +168,11 @@ decode(SACCADE_PARAM DecodeArgs args) {
             if (!keeps_half(word, c, args.terms.threshold)) s[t][2 * half + c] = 0;
         }
     }
-    if (may_be_dead) zero_dead_values<kKeys, kHeadDim>(alive, values);
-    add_weighted<T, kHeadDim, kKeys, kHeadDim>(out, s, values, 0);
+    if (may_be_dead) zero_dead_values<kKeys, kWidth<T, kHeadDim>>(alive, values);
+    if constexpr (sizeof(T) == 4)
+      add_exactly<kHeadDim, kKeys>(out, s, values, many);
+    else
+      add_weighted<T, kHeadDim, kKeys, kHeadDim>(out, s, values, 0);
     sync_warp();  // every lane is done with this stage before one refills it
   }
 

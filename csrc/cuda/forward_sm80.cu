@@ -7,8 +7,7 @@ namespace {
 template <typename T, int kHeadDim>
 std::string launch_forward(TiledArgs& args, int64_t blocks, Stream stream) {
   using Shape = ForwardShape80<kHeadDim>;
-  const Params& p = args.p;
-  const bool general = is_general(p, args.terms);
+  const bool general = is_general(args.terms);
   return launch("forward_sm80",
                 general ? &forward_sm80<T, kHeadDim, true> : &forward_sm80<T, kHeadDim, false>, blocks,
                 Shape::kThreads, Shape::kSharedBytes, stream, args);

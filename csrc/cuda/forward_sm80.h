@@ -31,7 +31,7 @@ forward_sm80(SACCADE_PARAM TiledArgs args) {
   // The last block, the longest of a causal mask, first.
   const int i0 = (args.blocks - 1 - int(block_index() % args.blocks)) * kBlockM;
   if (i0 >= x.seqlen_q) return;
-  const Band band = band_of(p.mask, x);
+  const Band band = band_of(p.mask, args.terms, x);
   const int i1 = least(i0 + kBlockM, x.seqlen_q);
   const TileRange range = tiles_of<kBlockN>(band, i0, i1);
 
@@ -64,7 +64,7 @@ forward_sm80(SACCADE_PARAM TiledArgs args) {
     end[half] = row[half] < x.seqlen_q ? end_key(band, row[half]) : 0;
   }
   const uint64_t seed = kGeneral && args.terms.dropout ? seed_of(args) : 0;
-  const bool may_be_dead = kGeneral && (p.bias || irregular(p.mask));
+  const bool may_be_dead = kGeneral && args.terms.may_be_dead;
   RunningSoftmax softmax;
   float out[kHeadDim / 8][4] = {};
 

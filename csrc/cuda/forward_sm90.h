@@ -54,7 +54,7 @@ SACCADE_DEVICE Item90 item_of(const Forward90Args& args, int64_t index) {
   item.head = head_of(p, int(head / p.heads), int(head % p.heads));
   item.i0 = (args.tiled.blocks - 1 - int(within / heads)) * Shape::kBlockM;
   item.empty = item.i0 >= item.head.seqlen_q;
-  item.band = band_of(p.mask, item.head);
+  item.band = band_of(p.mask, args.tiled.terms, item.head);
   item.range =
       tiles_of<Shape::kBlockN>(item.band, item.i0, least(item.i0 + Shape::kBlockM, item.head.seqlen_q));
   return item;

@@ -75,7 +75,7 @@ gather_backward_queries(SACCADE_PARAM GatherArgs args) {
   Item item;
   if (!item_of(args.queries, p.batch, p.heads, item)) return;
   const Head x = gather_head(p, item.b, item.h);
-  const Band band = band_of(p.mask, x);
+  const Band band = band_of(p.mask, args.terms, x);
   const int dim = int(p.head_dim), dim_v = int(p.head_dim_v);
   const int64_t head = int64_t(x.b) * p.heads + x.h;
   const uint64_t seed = args.terms.dropout ? seed_of(args) : 0;
@@ -130,7 +130,7 @@ gather_backward_keys(SACCADE_PARAM GatherArgs args) {
     SACCADE_ROLLED
     for (int h = hk * group; h < (hk + 1) * group; ++h) {
       const Head x = gather_head(p, b, h);
-      const Band band = band_of(p.mask, x);
+      const Band band = band_of(p.mask, args.terms, x);
       SACCADE_ROLLED
       for (int64_t first = piece.begin; first < piece.end; first += Lanes::kTeams) {
         const int64_t e = first + Lanes::index();

@@ -51,7 +51,7 @@ gather_forward(SACCADE_PARAM GatherArgs args) {
   Item item;
   if (!item_of(args.queries, p.batch, p.heads, item)) return;
   const Head x = gather_head(p, item.b, item.h);
-  const Band band = band_of(p.mask, x);
+  const Band band = band_of(p.mask, args.terms, x);
   const int dim = int(p.head_dim), dim_v = int(p.head_dim_v);
   const uint64_t seed = args.terms.dropout ? seed_of(args) : 0;
   for_each_piece(args.queries, item.t, [&](const Piece& piece) {

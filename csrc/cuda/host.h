@@ -32,10 +32,8 @@ std::string with_dtype(DType dtype, Launch launch) {
   return dtype == DType::kBFloat16 ? launch(bf16()) : launch(fp16());
 }
 
-// Whether a call needs more than bands, lengths and a positive scale.
-inline bool is_general(const Params& p, const Terms& t) {
-  return !t.bare || t.dropout || p.mask.keep || p.mask.q_ids;
-}
+// Whether a call needs more than bands, chunks, lengths and a positive scale.
+inline bool is_general(const Terms& t) { return !t.bare || t.dropout || t.may_be_dead; }
 
 // The grid's one dimension ends at 2^31 - 1.
 inline std::string check_blocks(const char* name, int64_t blocks) {

@@ -33,7 +33,7 @@ const char* saccade_cuda_backward_sm90(const saccade::GradParams* p, const int64
                                        int64_t lse_count, int64_t total_k, int deterministic, int device,
                                        void* stream);
 
-// The decode body, for every GPU: forward alone, from a cache or not. `workspace` as above.
+// The decode body, for every GPU: forward alone, from a cache or not; also fp32. `workspace` as above.
 const char* saccade_cuda_decode_refuses(const saccade::Params* p);
 int64_t saccade_cuda_decode_workspace(const saccade::Params* p);
 const char* saccade_cuda_decode(const saccade::Params* p, const int64_t* seed, void* workspace, int device,

@@ -127,6 +127,13 @@ SACCADE_DEVICE T shuffle_xor(T mine, int mask) {
   return __shfl_xor_sync(0xFFFFFFFF, mine, mask);
 }
 
+// A number that the compiler takes for a new one: what follows from it is computed where it is needed, not
+// kept in registers through a loop.
+SACCADE_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- cp.async: 16 bytes, of which `bytes` come from global memory and the rest is zero ----
 
 SACCADE_DEVICE void copy_async(uint32_t to, const void* from, int bytes) {

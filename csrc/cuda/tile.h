@@ -19,10 +19,20 @@ struct Terms {
   float factor, unit;             // of a tile's number x: exp(logit) = 2^(x factor), logit = x unit
   float scale, per_cap, softcap;  // scale / softcap
   bool dropout;
-  uint32_t threshold;  // dropout keeps 16-bit numbers from here on
-  float keep_scale;    // 1 / (1 - dropout_p)
-  bool sink;           // one more term in the sum, a number per head or 0
+  uint32_t threshold;          // dropout keeps 16-bit numbers from here on
+  float keep_scale;            // 1 / (1 - dropout_p)
+  bool sink;                   // one more term in the sum, a number per head or 0
+  bool may_be_dead;            // keys that no row keeps may lie between keys that some row keeps
+  int chunk_size, chunk_left;  // of the mask; a size of 0: it has no chunks
 };
+
+// Row i keeps an interval of keys whose ends never fall from a row to the next. Where chunks end, a band
+// that leaves position i + shift out skips keys.
+inline bool chunks_leave_gaps(const MaskParams& m) {
+  const bool diagonal =
+      m.band[0] >= 0 && m.band[1] >= 0 && m.band[2] >= kUnbounded && m.band[3] >= kUnbounded;
+  return m.num_chunks && (m.head_bounds || !diagonal);
+}
 
 inline Terms terms_of(const Params& p) {
   Terms t{};
@@ -36,6 +46,13 @@ inline Terms terms_of(const Params& p) {
   t.threshold = dropout_threshold(p.dropout_p);
   t.keep_scale = float(1 / (1 - p.dropout_p));
   t.sink = p.sink || p.activation == Activation::kSoftmax1;
+  t.may_be_dead = p.bias || p.mask.keep || p.mask.q_ids || chunks_leave_gaps(p.mask);
+  if (p.mask.num_chunks) {  // sizes beyond the longest sequence are all alike
+    constexpr int64_t kLongest = 1 << 30;
+    const int64_t size = p.mask.chunks[0] < kLongest ? p.mask.chunks[0] : kLongest, all = kLongest / size;
+    t.chunk_size = int(size);
+    t.chunk_left = int(p.mask.chunks[1] < all ? p.mask.chunks[1] : all);
+  }
   return t;
 }
 
@@ -89,23 +106,53 @@ SACCADE_DEVICE int64_t lse_at(const Params& p, const Head& x) {
   return x.b * p.lse_batch + x.h * p.lse_head + x.q_begin;
 }
 
-// ---- the interval part of the mask: row i keeps keys [max(0, i + low), min(keys, i + high)) ----
+// ---- the interval part of the mask (csrc/mask.h) in 32 bits: row i keeps keys [max(0, i + low),
+// min(keys, i + high)), of chunks of `size` keys those of its position's and of `left` before it ----
 
 struct Band {
   int low, high, keys;
+  int shift, size, left;  // of a row to its position; size 0: no chunks
 };
-SACCADE_DEVICE Band band_of(const MaskParams& m, const Head& x) {
+SACCADE_DEVICE Band band_of(const MaskParams& m, const Terms& t, const Head& x) {
   constexpr int64_t kFar = 1 << 30;  // lengths stay below it, so that sums fit 32 bits
   int64_t band[4];
   for (int i = 0; i < 4; ++i) band[i] = m.head_bounds ? load_global(m.head_bounds + 4 * x.h + i) : m.band[i];
   const int64_t shift = x.seqlen_k - x.seqlen_q;
   const int64_t low = most64(shift - band[0], -band[2]), high = least64(shift + band[1], band[3]) + 1;
   const int64_t keys = m.lengths ? least64(x.seqlen_k, load_global(m.lengths + x.b)) : x.seqlen_k;
-  return {int(most64(-kFar, least64(low, kFar))), int(most64(-kFar, least64(high, kFar))),
-          int(most64(keys, 0))};
+  return {int(most64(-kFar, least64(low, kFar))),
+          int(most64(-kFar, least64(high, kFar))),
+          int(most64(keys, 0)),
+          int(shift),
+          t.chunk_size,
+          t.chunk_left};
 }
-SACCADE_DEVICE int first_key(const Band& band, int i) { return most(0, i + band.low); }
-SACCADE_DEVICE int end_key(const Band& band, int i) { return least(band.keys, i + band.high); }
+// A row in front of position 0 keeps nothing: no key lies in chunk -1.
+SACCADE_DEVICE int chunk_of(const Band& band, int i) {
+  const int position = i + band.shift;
+  return position < 0 ? -1 : int(uint32_t(position) / uint32_t(band.size));
+}
+SACCADE_DEVICE int first_key(const Band& band, int i) {
+  const int first = most(0, i + band.low);
+  return band.size ? most(first, most(0, chunk_of(band, i) - band.left) * band.size) : first;
+}
+SACCADE_DEVICE int end_key(const Band& band, int i) {
+  const int end = least(band.keys, i + band.high);
+  return band.size ? least(end, (chunk_of(band, i) + 1) * band.size) : end;
+}
+// The rows that keep key j >= 0: [first_query, end_query).
+SACCADE_DEVICE int first_query(const Band& band, int j) {
+  const int first = most(0, j - band.high + 1);
+  return band.size ? most(first, int(uint32_t(j) / uint32_t(band.size)) * band.size - band.shift) : first;
+}
+SACCADE_DEVICE int end_query(const Band& band, int j, int seqlen_q) {
+  int end = least(seqlen_q, j - band.low + 1);
+  if (band.size) {
+    const int64_t chunks = int64_t(uint32_t(j) / uint32_t(band.size)) + band.left + 1;
+    end = int(least64(end, chunks * band.size - band.shift));
+  }
+  return j < band.keys ? end : 0;
+}
 
 // Tiles [first, last) hold every key that rows [i0, i1) keep; every row keeps all of [full_first, full_last).
 struct TileRange {
@@ -129,14 +176,15 @@ template <int kBlockM>
 SACCADE_DEVICE TileRange query_tiles_of(const Band& band, int j0, int j1, int seqlen_q) {
   const int end = least(j1, band.keys);
   TileRange r;
-  r.begin = most(0, j0 - band.high + 1);
-  r.end = least(seqlen_q, end - band.low);
-  if (j0 >= end || r.begin >= r.end) return {0, 0, 0, 0, 0, 0};
+  if (j0 >= end) return {0, 0, 0, 0, 0, 0};
+  r.begin = first_query(band, j0);
+  r.end = end_query(band, end - 1, seqlen_q);
+  if (r.begin >= r.end) return {0, 0, 0, 0, 0, 0};
   r.first = r.begin / kBlockM;
   r.last = (r.end + kBlockM - 1) / kBlockM;
-  const int all_begin =
-      j1 <= band.keys ? most(0, j1 - band.high) : r.end;  // a key of padding is kept by no row
-  const int all_end = least(seqlen_q, j0 - band.low + 1);
+  // A key of padding is kept by no row.
+  const int all_begin = j1 <= band.keys ? first_query(band, j1 - 1) : r.end;
+  const int all_end = end_query(band, j0, seqlen_q);
   r.full_first = least(r.last, (all_begin + kBlockM - 1) / kBlockM);
   r.full_last = most(r.full_first, most(0, all_end) / kBlockM);
   return r;
@@ -144,7 +192,6 @@ SACCADE_DEVICE TileRange query_tiles_of(const Band& band, int j0, int j1, int se
 
 // ---- the rest of the mask, logits and dropout, pair by pair ----
 
-SACCADE_DEVICE bool irregular(const MaskParams& m) { return m.keep || m.q_ids; }
 SACCADE_DEVICE bool keeps_pair(const MaskParams& m, int b, int i, int j) {
   if (m.keep && !load_global(m.keep + b * m.keep_batch + j)) return false;
   if (m.q_ids && load_global(m.q_ids + b * m.q_ids_batch + i) != load_global(m.k_ids + b * m.k_ids_batch + j))

@@ -6,14 +6,15 @@ using namespace saccade;
 
 enum Missing {
   kNothing,
-  kCopyWait,       // cp.async is read before it has landed
-  kSyncThreads,    // a buffer is overwritten while another warp reads it
-  kParity,         // the mbarrier is waited for with the wrong parity
-  kWgmmaWait,      // the sum is read while the product is under way
-  kEmptyBarrier,   // TMA does not ask whether a stage is free
-  kEarlyRelease,   // a stage is given back, and overwritten, while a product still reads it
-  kBounds,         // one element past the tensor
-  kArrival,        // a barrier that nobody completes
+  kCopyWait,      // cp.async is read before it has landed
+  kSyncThreads,   // a buffer is overwritten while another warp reads it
+  kParity,        // the mbarrier is waited for with the wrong parity
+  kWgmmaWait,     // the sum is read while the product is under way
+  kEmptyBarrier,  // TMA does not ask whether a stage is free
+  kEarlyRelease,  // a stage is given back, and overwritten, while a product still reads it
+  kBounds,        // one element past the tensor
+  kArrival,       // a barrier that nobody completes
+  kHandBack,  // the place that one warpgroup hands numbers over in is filled again before the other has read
   kRegisterReuse,  // the registers of an operand change while the product is under way
 };
 
@@ -119,6 +120,37 @@ TEST(fault_wgmma_wait) { check_ring<kWgmmaWait>(); }
 TEST(fault_empty_barrier) { check_ring<kEmptyBarrier>(); }
 TEST(fault_early_release) { check_ring<kEarlyRelease>(); }
 TEST(fault_deadlock) { check_ring<kArrival>(); }
+
+// Numbers go from one warpgroup to the other, through one place; in between each works by itself, its warps
+// in step.
+template <Missing kMissing>
+SACCADE_KERNEL(256, 1)
+hand_over(float* sums, int steps) {
+  const int t = thread_index() % 128, group = thread_index() / 128;
+  const uint32_t place = shared_memory() + uint32_t(t) * 4;
+  float sum = 0;
+  for (int k = 0; k < steps; ++k) {
+    for (int i = 0; i < 8; ++i) named_barrier_sync(1 + group, 128);
+    if (group == 0) {
+      if (kMissing != kHandBack && k > 0) named_barrier_sync(4, 256);
+      store_shared(place, float(k * 128 + t));
+      named_barrier_arrive(3, 256);
+    } else {
+      named_barrier_sync(3, 256);
+      sum += load_shared<float>(place);
+      if (kMissing != kHandBack && k + 1 < steps) named_barrier_arrive(4, 256);
+    }
+  }
+  if (group) store_global(sums + t, sum);
+}
+template <Missing kMissing>
+void check_hand_over() {
+  Array<float> sums(128);
+  expect_ok(launch("hand_over", &hand_over<kMissing>, 1, 256, 512, nullptr, sums.data(), 3));
+  for (int t = 0; t < 128; ++t) expect_equal(sums[size_t(t)], 3 * (128 + t), "sum");
+}
+TEST(hand_over_whole) { check_hand_over<kNothing>(); }
+TEST(fault_hand_back) { check_hand_over<kHandBack>(); }
 
 // The operand's registers must keep their numbers until the wait.
 template <Missing kMissing>

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <bitset>
 #include <deque>
 #include <functional>
 #include <map>
@@ -72,6 +73,7 @@ struct Barrier {
   unsigned generation = 0;
   const char* what = nullptr;
   void* slot[128] = {};
+  std::bitset<kMaxThreads> there;  // of a named barrier
 };
 
 struct Mbarrier {

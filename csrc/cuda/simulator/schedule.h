@@ -1,5 +1,7 @@
 // Runs blocks one after another, each from poisoned shared memory to the end of its last thread.
 #pragma once
+#include <algorithm>
+
 #include "block.h"
 
 namespace saccade {
@@ -83,20 +85,31 @@ inline bool run_warp(int warp) {
   return live;
 }
 
+// Warps that stand still until the others can do nothing more: an aligned run of 1, 2 or 4 of them, all but
+// such a run, or none. A favourite alone would not do, since a warpgroup advances only with all of its warps.
+inline std::vector<bool> draw_held(int warps) {
+  const int run = 1 << random_below(3), first = int(random_below(uint32_t(warps))) / run * run;
+  const bool inside = random_below(2), some = random_below(4);
+  std::vector<bool> held;
+  for (int w = 0; w < warps; ++w) held.push_back(some && (w >= first && w < first + run) == inside);
+  return held;
+}
+
 inline void run_block(int64_t index) {
   reset_block(index);
   const int warps = (block.threads + 31) / 32;
   std::vector<int> order;
   for (int w = 0; w < warps; ++w) order.push_back(w);
+  std::vector<bool> held = draw_held(warps);
   int favourite = -1, idle = 0;
   for (bool live = true; live;) {
     const uint64_t before = block.progress;
-    if (favourite >= 0 && random_below(16)) {
+    if (favourite >= 0 && !held[size_t(favourite)] && random_below(16)) {
       run_warp(favourite);
     } else {
       for (int w = warps - 1; w > 0; --w) std::swap(order[size_t(w)], order[random_below(uint32_t(w) + 1)]);
       live = false;
-      for (int w : order) live |= run_warp(w);
+      for (int w : order) live |= held[size_t(w)] || run_warp(w);
       idle = block.progress == before ? idle + 1 : 0;
     }
     land_anything();
@@ -106,6 +119,11 @@ inline void run_block(int64_t index) {
     if (idle > 2 && !block.loads.empty()) {
       land_load(0);
       idle = 0;
+    } else if (idle > 2 && std::find(held.begin(), held.end(), true) != held.end()) {
+      held.assign(size_t(warps), false);
+      idle = 0;
+    } else if (random_below(32) == 0 && std::find(held.begin(), held.end(), true) == held.end()) {
+      held = draw_held(warps);
     }
     if (idle > 4 && live && block.fault.empty()) block.fault = deadlock_report();
   }

@@ -37,6 +37,7 @@ void store_global(T* p, T x) {
 
 static inline float exp2_approx(float x) { return exp2f(x); }
 static inline float reciprocal_approx(float x) { return 1 / x; }
+static inline int anew(int x) { return x; }
 
 // ---- threads ----
 
@@ -52,8 +53,12 @@ static inline void named_barrier_arrive(int id, int threads) {
   if (b.arrived && b.count != threads)
     sim::fail("named barrier %d: %d threads expected, then %d", id, b.count, threads);
   b.count = threads;
+  const size_t self = size_t(thread_index());
+  if (b.there[self]) sim::fail("named barrier %d: thread %d is there again before the others", id, int(self));
+  b.there[self] = true;
   ++sim::block.progress;
   if (++b.arrived == threads) {
+    b.there.reset();
     b.arrived = 0;
     ++b.generation;
   }

@@ -10,11 +10,12 @@ from torch import Tensor
 from .. import ops, ops_triton
 from ..autograd import ReferenceWeights, attend, attention_weights
 from ..bodies import is_decode, is_gather, needs_tiles
+from ..maskbase import UNBOUNDED, MaskArgs
 from ..problem import DOT, NORMALISED, Problem
 
 NAME = "cuda"
 _OLDEST = 80
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last with a graph alone
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the last by the bodies decode and gather alone
 _HEAD_DIM = 256
 _ROWS = 1 << 30
 # Not yet measured: the rows of one tile of the decode kernel, and keys enough for it.
@@ -70,23 +71,26 @@ def beyond(problem: Problem) -> list[str]:
     by_query = rel_bias is not None and rel_bias.dim() > 2
     trains = trains and not by_query
     position = type(problem.position).__name__
-    tracked = spec.layout.seqused_k is not None and any(
-        t is not None and t.requires_grad for t in problem.tensors
-    )
-    graph = args.graph is not None
-    dtypes = "bfloat16, float16 nor float32" if graph else "bfloat16 nor float16"
+    tracked = any(t is not None and t.requires_grad for t in problem.tensors)
+    cached, chosen = spec.layout.seqused_k is not None, body(problem)
+    single = chosen != ops.TILED
+    dtypes = "bfloat16, float16 nor float32" if single else "bfloat16 nor float16"
+    # The gradients of decode are the tiled kernels'.
+    single_trains = problem.q.dtype == torch.float32 and chosen == ops.DECODE and not cached
+    single_trains = single_trains and tracked and torch.is_grad_enabled()
     found = (
-        (problem.q.dtype not in _DTYPES[: 2 + graph], f"{problem.q.dtype}, neither {dtypes}"),
+        (problem.q.dtype not in _DTYPES[: 2 + single], f"{problem.q.dtype}, neither {dtypes}"),
         (max(spec.head_dim, spec.head_dim_v) > _HEAD_DIM, f"head_dim above {_HEAD_DIM}"),
         (spec.score != DOT, "scores other than the dot product"),
         (spec.activation not in NORMALISED, "activations other than softmax"),
         (problem.position is not None, f"position {position} is not in its kernels"),
         (by_query, "a relative bias of each query (position Shaw)"),
-        (bool(args.chunks), "masks of chunks"),
+        (len(args.chunks) > 2, "several masks of chunks"),
         (needs_tiles(problem), "a bias, a relative position or an extra key beside a graph"),
         (problem.edge_attr is not None, "edge_attr"),
         (problem.extra_k is not None, "extra_k and extra_v"),
-        (tracked, "gradients through a key cache"),
+        (tracked and cached, "gradients through a key cache"),
+        (single_trains, "float32 gradients of its decode kernel"),
         (bias is not None and bias.dtype == torch.float64, "a float64 bias"),
         (trains, "the gradient of a relative bias"),
         (endless, "sequences of 2^30 rows and more"),
@@ -109,10 +113,20 @@ def takes_hopper(problem: Problem) -> bool:
     plain = problem.bias is None and problem.rel_bias is None and not spec.dropout_p and spec.scale > 0
     if not plain or spec.args.keep is not None or spec.args.q_ids is not None:
         return False
+    if spec.args.chunks and _chunks_leave_gaps(spec.args):
+        return False
     batch = 1 if spec.layout.is_varlen else spec.batch
     sizes = ((spec.seqlen_q, spec.heads), *((spec.seqlen_k, spec.heads_k),) * 2)
     tensors = (problem.q, problem.k, problem.v)
     return all(_tma_reads(x, (batch, heads, rows)) for x, (rows, heads) in zip(tensors, sizes, strict=True))
+
+
+def _chunks_leave_gaps(args: MaskArgs) -> bool:
+    """Beside chunks, a band that may leave a query's own position out, so that keys between others have no
+    query.
+    """
+    end, start = args.band[:2], args.band[2:]
+    return args.head_bounds is not None or min(end) < 0 or min(start) < UNBOUNDED
 
 
 def _tma_reads(x: Tensor, sizes: tuple[int, int, int]) -> bool:

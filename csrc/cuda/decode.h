@@ -221,7 +221,7 @@ decode_merge(SACCADE_PARAM DecodeArgs args) {
   for (int column = l * 4; column < kHeadDim; column += 128) {
     float total = 0;
     float4 sum{0, 0, 0, 0};
-    SACCADE_UNROLL_BY_4
+    SACCADE_UNROLL_BY(4)
     for (int split = 0; split < args.splits; ++split) {
       const float* at = peaks + split * 2 * kDecodeRows;
       const float weight = exp2_approx((load_global(at) - pivot) * args.terms.factor);

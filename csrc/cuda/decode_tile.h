@@ -76,7 +76,7 @@ SACCADE_DEVICE void load_cached(uint32_t tile, const T* base, const Rows& x, Pla
   constexpr int kMany = kVector<T>, kChunks = kHeadDim / kMany;
   const int l = thread_index() % 32;
   if (aligned) {
-    SACCADE_UNROLL_BY_4
+    SACCADE_UNROLL_BY(4)
     for (int c = l; c < kKeys * kChunks; c += 32) {
       const int r = c / kChunks, column = c % kChunks * kMany, left = least(kMany, dim - column);
       const int outer = shuffle(mine.outer, r), inner = shuffle(mine.inner, r);
@@ -130,7 +130,7 @@ SACCADE_DEVICE void multiply_exactly(float (&s)[kKeys / 8][4], uint32_t queries,
   SACCADE_UNROLL
   for (int n = 0; n < kKeys / 8; ++n)
     for (int c = 0; c < 4; ++c) sums[n][c] = {0, 0, 0, 0};
-  SACCADE_UNROLL_BY_4
+  SACCADE_UNROLL_BY(kHeadDim <= 128 ? 4 : 1)  // at 256 the output takes half of the registers
   for (int d = 0; d < kHeadDim / 4; ++d) {
     const float4 low = load_shared<float4>(chunk_at<kColumns>(queries, l / 4, d)),
                  high = load_shared<float4>(chunk_at<kColumns>(queries, l / 4 + 8, d));
@@ -152,19 +152,22 @@ SACCADE_DEVICE void add_exactly(float (&sums)[kHeadDim / 8][4], const float (&we
                                 uint32_t values, bool many) {
   const int l = thread_index() % 32;
   SACCADE_UNROLL
-  for (int j = 0; j < kKeys; ++j) {
-    const int lane = l / 4 * 4 + j % 8 / 2;
-    const float low = shuffle(weights[j / 8][j % 2], lane), high = shuffle(weights[j / 8][2 + j % 2], lane);
-    SACCADE_UNROLL
-    for (int d = 0; d < kHeadDim / 8; ++d) {
-      const float2 value =
-          load_shared<float2>(chunk_at<2 * kHeadDim>(values, j, 2 * d + l % 4 / 2) + uint32_t(l % 2) * 8);
-      sums[d][0] = fmaf(low, value.x, sums[d][0]);
-      sums[d][1] = fmaf(low, value.y, sums[d][1]);
-      if (many) sums[d][2] = fmaf(high, value.x, sums[d][2]);
-      if (many) sums[d][3] = fmaf(high, value.y, sums[d][3]);
+  for (int n = 0; n < kKeys / 8; ++n)
+    SACCADE_ROLLED  // or the values of all keys would be loaded ahead, and registers spilled
+        for (int c = 0; c < 8; ++c) {
+      const int j = n * 8 + c, lane = l / 4 * 4 + c / 2;
+      const float low = shuffle(c % 2 ? weights[n][1] : weights[n][0], lane),
+                  high = shuffle(c % 2 ? weights[n][3] : weights[n][2], lane);
+      SACCADE_UNROLL
+      for (int d = 0; d < kHeadDim / 8; ++d) {
+        const float2 value =
+            load_shared<float2>(chunk_at<2 * kHeadDim>(values, j, 2 * d + l % 4 / 2) + uint32_t(l % 2) * 8);
+        sums[d][0] = fmaf(low, value.x, sums[d][0]);
+        sums[d][1] = fmaf(low, value.y, sums[d][1]);
+        if (many) sums[d][2] = fmaf(high, value.x, sums[d][2]);
+        if (many) sums[d][3] = fmaf(high, value.y, sums[d][3]);
+      }
     }
-  }
 }
 
 // ---- results ----

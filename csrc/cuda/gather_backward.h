@@ -179,7 +179,7 @@ gather_sum(SACCADE_PARAM GatherArgs args) {
   SACCADE_ROLLED
   for (int at = thread_index() % 32 * 4; at < kWidth; at += 128) {
     float4 sum{0, 0, 0, 0};
-    SACCADE_UNROLL_BY_4
+    SACCADE_UNROLL_BY(4)
     for (int64_t t = item.t; t <= end; ++t) {
       const float* piece = piece_at(args, split, item.b * heads + item.h, t, t == item.t, kWidth);
       add_four(sum, load_global(reinterpret_cast<const float4*>(piece + at)), 1);

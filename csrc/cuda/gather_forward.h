@@ -130,7 +130,7 @@ gather_merge(SACCADE_PARAM GatherArgs args) {
   for (int column = l * 4; column < kDim; column += 128) {
     float total = 0;
     float4 sum{0, 0, 0, 0};
-    SACCADE_UNROLL_BY_4
+    SACCADE_UNROLL_BY(4)
     for (int64_t t = item.t; t <= end; ++t) {
       const float* at = piece(t);
       const float weight = exp2_approx((load_global(at) - pivot) * factor);

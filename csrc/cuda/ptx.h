@@ -14,7 +14,8 @@
 #define SACCADE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SACCADE_PARAM const __grid_constant__
 #define SACCADE_UNROLL _Pragma("unroll")
-#define SACCADE_UNROLL_BY_4 _Pragma("unroll 4")
+#define SACCADE_PRAGMA(text) _Pragma(#text)
+#define SACCADE_UNROLL_BY(n) SACCADE_PRAGMA(unroll(n))
 #define SACCADE_ROLLED _Pragma("unroll 1")
 
 namespace saccade {

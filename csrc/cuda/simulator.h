@@ -13,7 +13,7 @@
 #define SACCADE_KERNEL(threads, blocks) static void
 #define SACCADE_PARAM const
 #define SACCADE_UNROLL
-#define SACCADE_UNROLL_BY_4
+#define SACCADE_UNROLL_BY(n)
 #define SACCADE_ROLLED
 
 namespace saccade {

@@ -20,7 +20,7 @@ SACCADE_DEVICE void load_rows(uint32_t tile, const T* base, const Rows& x, int r
                               int dim, bool aligned) {
   constexpr int kChunks = kHeadDim / 8;
   if (aligned) {
-    SACCADE_UNROLL_BY_4
+    SACCADE_UNROLL_BY(4)
     for (int c = thread_index(); c < kRows * kChunks; c += kThreads) {
       const int r = c / kChunks, column = c % kChunks * 8, row = row0 + r, left = least(8, dim - column);
       const bool inside = row >= begin && row < end && left > 0;
@@ -96,7 +96,7 @@ SACCADE_DEVICE void multiply_rows(float (&s)[kN / 8][4], uint32_t a, int row0, u
   SACCADE_UNROLL
   for (int n = 0; n < kN / 8; ++n)
     for (int i = 0; i < 4; ++i) s[n][i] = 0;
-  SACCADE_UNROLL_BY_4
+  SACCADE_UNROLL_BY(4)
   for (int k = 0; k < kHeadDim / 16; ++k) {
     uint32_t left[4];
     load_left<kHeadDim>(a, row0, k, left);

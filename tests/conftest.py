@@ -31,11 +31,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# Minutes a test: at the end, one process would wait for the other.
+LONG = {"test_triton_compiles.py", "test_cuda_machine_code.py"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton's interpreter takes a second for what a kernel does in microseconds: tests of many or large
-    calls leave it to `make test-full`.
+    """The longest tests come first. Triton's interpreter takes a second for what a kernel does in
+    microseconds: tests of many or large calls leave it to `make test-full`.
     """
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         is_triton = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
         if is_triton and item.get_closest_marker("many_calls"):

@@ -69,6 +69,28 @@ def test_isolated_nodes_are_zero_and_repeats_count(options: dict[str, Any], back
     assert not grads[1][:, :, [1, 2, 4, 6]].any()
 
 
+@pytest.mark.parametrize("options", ["plain", "bias", "dropout", "features", "gatv2", "relu", "sink"])
+@pytest.mark.parametrize(("heads", "heads_k"), [(1, 1), (3, 3), (5, 1), (12, 4), (17, 17), (40, 8)])
+def test_heads_share_vectors(heads: int, heads_k: int, options: str) -> None:
+    """Any number of heads on rows of 0 to 40 edges: what a vector of numbers holds differs in each."""
+    n, dim = 41, 5
+    index = torch.cat([torch.stack([torch.randperm(n)[:i], torch.full((i,), i)]) for i in range(n)], 1)
+    graph, count = Graph.from_edge_index(index, n), index.shape[1]
+    given: dict[str, Any] = {
+        "plain": lambda: {},
+        "bias": lambda: {"edge_bias": torch.randn(heads, count, requires_grad=True)},
+        "dropout": lambda: {"dropout_p": 0.3, "seed": 4},
+        "features": lambda: {
+            "edge_attr": (torch.randn(count, 3).requires_grad_(), torch.randn(heads, dim, 3).requires_grad_())
+        },
+        "gatv2": lambda: {"score": saccade.GATv2(torch.randn(heads, dim, requires_grad=True))},
+        "relu": lambda: {"activation": "relu"},
+        "sink": lambda: {"sink": torch.randn(heads, requires_grad=True), "softcap": 2.0},
+    }[options]()
+    wide = dim if options == "features" else 18
+    check_attention(make_inputs(Shape(2, heads, heads_k, n, n, dim, wide)), graph, "cpu", **given)
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16])
 def test_dtypes_of_indices(kind: torch.dtype) -> None:
     index = torch.randint(50, (2, 300))

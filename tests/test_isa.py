@@ -78,6 +78,8 @@ def test_bias_and_graph(isa: str) -> None:
         q, k, v = make_inputs(Shape(1, 2, 2, 70, 131, 32, 16), dtype)
         for mask in (graph, sparse):
             check_attention((q, k, v), mask, "cpu")
+        for heads, heads_k in ((3, 3), (20, 4)):  # of one edge, beside each other in a vector, or in several
+            check_attention(make_inputs(Shape(1, heads, heads_k, 70, 131, 8, 16), dtype), sparse, "cpu")
         bias = torch.randn(1, 2, 70, 131, dtype=dtype, requires_grad=True)
         check_attention((q, k, v), Causal(), "cpu", bias=bias)
 

@@ -42,7 +42,6 @@ static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q
                                    int64_t k, int64_t n, bool fresh, T* y, double* dw, const T* g,
                                    int64_t pitch) {
   constexpr int L = kLanes<T>;
-  const T slope = T(p.slope);
   for (int64_t c = 0; c < p.head_dim; c += L) {
     const int64_t width = min64(L, p.head_dim - c);
     const Vec<T> weight = width == L ? load(w + c) : load_part<T>(w + c, width), own = load(q + c);
@@ -52,14 +51,7 @@ static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q
       if (grad == T(0)) continue;  // a masked edge: phi may be NaN where its key is
       const S* row = rows.at[e] + k * rows.head + c;
       const Vec<T> x = own + (width == L ? load_as<T>(row) : load_part<T>(row, width));
-      Vec<T> phi, slope_of;
-      if (p.score == Score::kAdditive) {
-        phi = tanhv<T>(x);
-        slope_of = T(1) - phi * phi;
-      } else {
-        phi = x > T(0) ? x : slope * x;
-        slope_of = x > T(0) ? splat<T>(T(1)) : splat<T>(slope);
-      }
+      const Vec<T> phi = phi_of<T>(p, x), slope_of = phi_slope<T>(p, x, phi);
       sum += grad * weight * slope_of;
       sum_w += grad * phi;
     }

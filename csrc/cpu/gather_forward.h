@@ -39,13 +39,11 @@ struct GatherState {
 template <typename T, typename S>
 SACCADE_FORCE Vec<T> additive_part(const GatherParams& p, const T* w, const T* q, const S* k) {
   constexpr int L = kLanes<T>;
-  const T slope = T(p.slope);
   Vec<T> sum{};
   for (int64_t c = 0; c < p.head_dim; c += L) {
     const int64_t width = min64(L, p.head_dim - c);
     const Vec<T> x = load(q + c) + (width == L ? load_as<T>(k + c) : load_part<T>(k + c, width));
-    const Vec<T> phi = p.score == Score::kAdditive ? tanhv<T>(x) : (x > T(0) ? x : slope * x);
-    sum += (width == L ? load(w + c) : load_part<T>(w + c, width)) * phi;
+    sum += (width == L ? load(w + c) : load_part<T>(w + c, width)) * phi_of<T>(p, x);
   }
   return sum;
 }

@@ -20,18 +20,30 @@ SACCADE_FORCE T exponent_factor(const Params& p) {
   return T(logit_unit(p) * kLog2e);
 }
 
-// w . phi(q_i + k_j), phi = tanh (Bahdanau et al., arXiv 1409.0473) or leaky_relu (GATv2, arXiv 2105.14491).
+// phi of the additive scores: tanh (Bahdanau et al., arXiv 1409.0473) or leaky_relu (GATv2, arXiv
+// 2105.14491).
+template <typename T>
+SACCADE_FORCE Vec<T> phi_of(const Params& p, Vec<T> x) {
+  return p.score == Score::kAdditive ? tanhv<T>(x) : (x > T(0) ? x : T(p.slope) * x);
+}
+// Its slope at x, where it is phi.
+template <typename T>
+SACCADE_FORCE Vec<T> phi_slope(const Params& p, Vec<T> x, Vec<T> phi) {
+  if (p.score == Score::kAdditive) return T(1) - phi * phi;
+  return x > T(0) ? splat<T>(T(1)) : splat<T>(T(p.slope));
+}
+
+// w . phi(q_i + k_j).
 template <typename T>
 static void additive_scores(const Params& p, const QueryBlock& q, int64_t n, Broadcast<T> keys,
                             const T* queries, T* S) {
   const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
-  const T slope = T(p.slope);
   for (int64_t j = 0; j < n; ++j)
     for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
       Vec<T> s{};
       for (int64_t d = 0; d < p.head_dim; ++d) {
         const Vec<T> x = load(queries + d * q.lanes + i) + keys.p[j * keys.row + d * keys.col];
-        s += w[d] * (p.score == Score::kAdditive ? tanhv<T>(x) : (x > T(0) ? x : slope * x));
+        s += w[d] * phi_of<T>(p, x);
       }
       store(S + j * q.lanes + i, s);
     }

@@ -167,21 +167,13 @@ template <typename T>
 static void additive_gradient(const GradParams& p, const QueryBlock& q, int64_t n, Broadcast<T> keys,
                               const T* queries, const T* dS, T* dQ, T* dK, int64_t ld, double* dW) {
   const T* w = static_cast<const T*>(p.weight) + q.h * p.head_dim;
-  const T slope = T(p.slope);
   for (int64_t j = 0; j < n; ++j)
     for (int64_t d = 0; d < p.head_dim; ++d) {
       const T key = keys.p[j * keys.row + d * keys.col];
       Vec<T> dk{}, dw{};
       for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
         const Vec<T> x = load(queries + d * q.lanes + i) + key, g = load(dS + j * q.lanes + i);
-        Vec<T> phi, slope_of;
-        if (p.score == Score::kAdditive) {
-          phi = tanhv<T>(x);
-          slope_of = T(1) - phi * phi;
-        } else {
-          phi = x > T(0) ? x : slope * x;
-          slope_of = x > T(0) ? splat<T>(T(1)) : splat<T>(slope);
-        }
+        const Vec<T> phi = phi_of<T>(p, x), slope_of = phi_slope<T>(p, x, phi);
         // A masked pair has g = 0, but phi may be NaN where its key is.
         const Vec<T> none{};
         const Vec<T> dx = g == T(0) ? none : g * w[d] * slope_of;

@@ -73,8 +73,10 @@ def test_isolated_nodes_are_zero_and_repeats_count(options: dict[str, Any], back
 @pytest.mark.parametrize(("heads", "heads_k"), [(1, 1), (3, 3), (5, 1), (12, 4), (17, 17), (40, 8)])
 def test_heads_share_vectors(heads: int, heads_k: int, options: str) -> None:
     """Any number of heads on rows of 0 to 40 edges: what a vector of numbers holds differs in each."""
-    n, dim = 41, 5
-    index = torch.cat([torch.stack([torch.randperm(n)[:i], torch.full((i,), i)]) for i in range(n)], 1)
+    n, dim = 160, 5  # too thin for tiles
+    index = torch.cat(
+        [torch.stack([torch.randperm(n)[: i % 41], torch.full((i % 41,), i)]) for i in range(n)], 1
+    )
     graph, count = Graph.from_edge_index(index, n), index.shape[1]
     given: dict[str, Any] = {
         "plain": lambda: {},

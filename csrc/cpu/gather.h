@@ -60,10 +60,11 @@ struct RowSplit {
   int64_t items_;
 };
 
-constexpr int64_t kNearBytes = 1 << 20;
+constexpr int64_t kNearBytes = 4 << 20;
 constexpr int64_t kEdgeLanes = 16;  // edges handled together; at least a vector of every set
 
-// Whether the rows that edges point to outgrow a core's cache.
+// Whether the rows that edges point to outgrow a core's cache. Then they are asked for ahead of their turn,
+// and a pass reads the rows of one tensor only: two would push each other out of the caches.
 SACCADE_FORCE bool rows_lie_far(const GatherParams& p, int64_t rows, int64_t heads) {
   return rows * heads * (p.head_dim + p.head_dim_v) * size_of(p.q.dtype) > kNearBytes;
 }
@@ -84,6 +85,14 @@ SACCADE_FORCE int64_t edges_ahead(int64_t at, int64_t n, int64_t edges) {
   return max64(0, min64(n, edges - at - kEdgeLanes));
 }
 
+// No further than `n`: what follows belongs to another thread.
+template <typename T>
+SACCADE_FORCE void copy_numbers(T* to, const T* from, int64_t n) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= n; c += kLanes<T>) store(to + c, load(from + c));
+  for (; c < n; ++c) to[c] = from[c];
+}
+
 // Every stored edge counts: nothing but the graph decides. Otherwise an edge may be dead (weight exactly 0),
 // and what stands in its rows, NaN perhaps, must not be touched.
 SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
@@ -93,19 +102,14 @@ SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
          p.dropout_p == 0 && is_softmax(p);
 }
 
-// The edges of one step: their keys, and which of them the rest of the mask keeps but for its intervals,
-// which may differ by head.
+// The edges of one step.
 struct EdgeGroup {
   const GatherParams& p;
   int64_t begin, n, b, row;
-  bool live;  // all_edges_live: kept is not looked at
-  bool kept[kEdgeLanes];
+  bool live;  // all_edges_live
 
   EdgeGroup(const GatherParams& params, int64_t batch, int64_t query, int64_t from, int64_t end, bool all)
-      : p(params), begin(from), n(min64(kEdgeLanes, end - from)), b(batch), row(query), live(all) {
-    if (live) return;
-    for (int64_t e = 0; e < n; ++e) kept[e] = keeps_pair(p.mask, b, row, key(e));
-  }
+      : p(params), begin(from), n(min64(kEdgeLanes, end - from)), b(batch), row(query), live(all) {}
   int64_t key(int64_t e) const { return p.indices[begin + e]; }
   int64_t id(int64_t e) const { return p.edge_ids ? p.edge_ids[begin + e] : begin + e; }  // the user's number
 };

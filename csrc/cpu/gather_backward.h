@@ -34,11 +34,14 @@ struct RowPass {
     joined = a.take<T>(2 * pairs + kLanes<T>);
   }
 
+  void read_douts(int64_t b, int64_t row) {
+    dout = read_heads<T, S>(p.dout, b, row, p.heads, p.head_dim_v, dout_rows);
+    if (p.edge_dim) dout_edge = read_heads<T, S>(p.dout_edge, b, row, p.heads, p.edge_dim, dout_edge_rows);
+  }
   // What belongs to the row as a whole.
   void prepare(int64_t b, int64_t row) {
     const HeadLanes<T>& heads = w.heads;
-    dout = read_heads<T, S>(p.dout, b, row, p.heads, p.head_dim_v, dout_rows);
-    if (p.edge_dim) dout_edge = read_heads<T, S>(p.dout_edge, b, row, p.heads, p.edge_dim, dout_edge_rows);
+    read_douts(b, row);
     w.read_queries(p, b, row);
     if (!is_softmax(p)) return;
     pair_sums(heads, 1, w.parts, delta, [&](int64_t, Vec<T>* into) {
@@ -59,31 +62,53 @@ struct RowPass {
       if (heads.pitch < kLanes<T>) store(x, repeat_heads<T>(load(x), heads.pitch));
   }
 
+  // dP of the edges of one piece, to where a pass over keys will find it: each group's numbers begin with it.
+  void value_piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers) {
+    for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
+      const EdgeGroup e16(p, b, piece.row, at, piece.end, w.live);
+      w.read_features(p, e16);
+      value_dots(e16);
+      copy_numbers(numbers.of(b, at), dP, e16.n * w.heads.pitch);
+    }
+  }
+
   // The edges of one piece: their numbers, and their part of dQ (and of the edge queries' gradient, behind
   // it).
   void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dq, double* dW) {
     const HeadLanes<T>& heads = w.heads;
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
       const EdgeGroup e16(p, b, piece.row, at, piece.end, w.live);
-      const EdgeRows<S> keys(p.k, b, p.indices + at, e16.n), values(p.v, b, p.indices + at, e16.n);
+      const EdgeRows<S> keys(p.k, b, p.indices + at, e16.n);
+      const int64_t pairs = e16.n * heads.pitch;
       w.read_features(p, e16);
-      pair_dots<T, S>(heads, dout, values, e16.n, p.head_dim_v, w.parts, dP, nothing_else);
-      w.add_feature_dots(p, dout_edge, e16.n, dP);
+      if (w.far)
+        copy_numbers(dP, numbers.of(b, at), pairs);
+      else
+        value_dots(e16);
       edge_logits<T, S>(p, e16, keys, w, cap);
       if (p.dropout_p > 0) {
         for (int64_t c = 0; c < heads.size(e16.n); ++c) drop[c] = T(1);
         drop_edges(p, e16, heads.pitch, drop);
       }
       weigh(heads.size(e16.n));
-      const int64_t pairs = e16.n * heads.pitch, to = (b * p.edges + at) * heads.pitch;
       join_numbers(e16.n);
-      copy_numbers(numbers.pairs + 2 * to, joined, 2 * pairs);
-      if (p.needs & kNeedEdgeBias) copy_numbers(numbers.logit + to, dP, pairs);
+      copy_numbers(numbers.of(b, at), joined, 2 * pairs);
+      if (p.needs & kNeedEdgeBias) copy_numbers(numbers.logit + (b * p.edges + at) * heads.pitch, dP, pairs);
       if (p.needs & (kNeedQ | kNeedEdgeQ | kNeedWeight)) add_queries(e16, keys, at == piece.begin, dq, dW);
     }
   }
 
  private:
+  // dP[pair] = dout . value, and its part through the edges' features.
+  void value_dots(const EdgeGroup& g) {
+    const EdgeRows<S> values(p.v, g.b, p.indices + g.begin, g.n);
+    const int64_t ahead = w.far ? edges_ahead(g.begin, g.n, p.edges) : 0;
+    pair_dots<T, S>(w.heads, dout, values, g.n, p.head_dim_v, w.parts, dP, [&](int64_t e) {
+      if (e < ahead)
+        prefetch_rows<S>(p.v, g.b, 0, p.heads_k, p.indices[g.begin + kEdgeLanes + e], p.head_dim_v);
+    });
+    w.add_feature_dots(p, dout_edge, g.n, dP);
+  }
   // w.s: logits to weights after dropout; dP to the gradient of the logit; g that of the bare score. Exactly
   // 0 where an edge is masked.
   void weigh(int64_t size) {
@@ -121,12 +146,6 @@ struct RowPass {
         for (int64_t c = 0; c < pitch; c += kLanes<T>)
           store(joined + (2 * e + part) * pitch + c, load((part ? g : w.s) + e * pitch + c));
   }
-  // No further than `n`: what follows belongs to another thread.
-  static void copy_numbers(T* to, const T* from, int64_t n) {
-    int64_t c = 0;
-    for (; c + kLanes<T> <= n; c += kLanes<T>) store(to + c, load(from + c));
-    for (; c < n; ++c) to[c] = from[c];
-  }
   void add_queries(const EdgeGroup& e16, const EdgeRows<S>& keys, bool fresh, T* dq, double* dW) {
     const int64_t pitch = w.heads.pitch, group = w.heads.group;
     T* dqe = dq + p.heads * ldq;
@@ -153,6 +172,19 @@ static void write_queries(const GatherParams& p, int64_t b, int64_t row, const T
     if (p.needs & kNeedQ) write_share<T, S>(p.dq, b, h, row, dq + h * ldq, T(1), p.head_dim);
     if (p.needs & kNeedEdgeQ) write_share<T, S>(p.dedge_q, b, h, row, dqe + h * lde, T(1), p.edge_dim);
   }
+}
+
+template <typename T, typename S>
+static void gather_values_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
+  const int64_t b = item / split.items(), t = item % split.items();
+  Arena arena{scratch}, shared{workspace};
+  RowPass<T, S> pass(p, arena);
+  const EdgeNumbers<T> numbers(p, shared);
+  split.for_each(t, [&](RowSplit::Piece piece) {
+    if (piece.begin < piece.end) pass.read_douts(b, piece.row);
+    pass.value_piece(b, piece, numbers);
+  });
 }
 
 template <typename T, typename S>
@@ -197,10 +229,16 @@ static Plan<GatherParams> gather_backward_plan(const GatherParams& p) {
   b.take<T>(3 * round_up(p.edge_dim, kLanes<T>) + 64);
   plan.scratch_bytes = a.used > b.used ? a.used : b.used;
   plan.workspace_bytes = shared.used;
+  if (row_pass.w.far) plan.add(p.batch * rows.items(), &gather_values_item<T, S>);
   plan.add(p.batch * rows.items(), &gather_rows_item<T, S>);
   if (rows.items() > 1) plan.add(p.batch * rows.items(), &gather_rows_merge<T, S>);
-  if (p.needs & (kNeedK | kNeedV)) {
-    plan.add(p.batch * columns.items(), &gather_columns_item<T, S>);
+  if (const int64_t both = p.needs & (kNeedK | kNeedV)) {
+    if (both == (kNeedK | kNeedV) && !column_pass.far)
+      plan.add(p.batch * columns.items(), &gather_columns_item<T, S, kNeedK | kNeedV>);
+    else {
+      if (both & kNeedK) plan.add(p.batch * columns.items(), &gather_columns_item<T, S, kNeedK>);
+      if (both & kNeedV) plan.add(p.batch * columns.items(), &gather_columns_item<T, S, kNeedV>);
+    }
     if (columns.items() > 1) plan.add(p.batch * columns.items(), &gather_columns_merge<T, S>);
   }
   if (p.needs & (kNeedEdgeBias | kNeedEdgeX | kNeedWeight))

@@ -9,12 +9,12 @@ namespace {
 
 template <typename T>
 struct EdgeNumbers {
-  int64_t pitch;    // of HeadLanes
-  T* pairs;         // [B][E][2][pitch]: weight after dropout; gradient of the bare score
-  T* logit;         // [B][E][pitch]: gradient of the natural logit, with edge_bias only
-  T* pieces;        // cut rows
-  double* dweight;  // partial gradients of the score's weight, [B x items][H][D]
-  T* columns;       // cut columns
+  int64_t edges, pitch;  // of HeadLanes
+  T* pairs;              // [B][E][2][pitch]: weight after dropout; gradient of the bare score
+  T* logit;              // [B][E][pitch]: gradient of the natural logit, with edge_bias only
+  T* pieces;             // cut rows
+  double* dweight;       // partial gradients of the score's weight, [B x items][H][D]
+  T* columns;            // cut columns
 
   static int64_t piece_size(const GatherParams& p) {
     return p.heads * (round_up(p.head_dim, kLanes<T>) + round_up(p.edge_dim, kLanes<T>));
@@ -32,7 +32,9 @@ struct EdgeNumbers {
     pieces = a.take<T>(p.batch * items * 2 * piece_size(p));
     dweight = a.take<double>(p.weight ? p.batch * items * p.heads * p.head_dim : 0);
     columns = a.take<T>(p.batch * t_items * 2 * column_size(p));
+    edges = p.edges;
   }
+  T* of(int64_t b, int64_t edge) const { return pairs + 2 * (b * edges + edge) * pitch; }
 };
 
 // y += sum_e g_e w phi'(q + k_e), or y = where it is fresh, and dw += sum_e g_e phi(q + k_e) where asked: the
@@ -76,12 +78,12 @@ static int64_t sum_pieces(const RowSplit& split, int64_t b, int64_t t, T* pieces
 }
 
 template <typename T, typename S>
-static void write_keys(const GatherParams& p, int64_t b, int64_t key, const T* sums, int64_t ldk,
-                       int64_t ldv) {
+static void write_keys(const GatherParams& p, int64_t needs, int64_t b, int64_t key, const T* sums,
+                       int64_t ldk, int64_t ldv) {
   const T* dv = sums + p.heads_k * ldk;
   for (int64_t h = 0; h < p.heads_k; ++h) {
-    if (p.needs & kNeedK) write_share<T, S>(p.dk, b, h, key, sums + h * ldk, T(1), p.head_dim);
-    if (p.needs & kNeedV) write_share<T, S>(p.dv, b, h, key, dv + h * ldv, T(1), p.head_dim_v);
+    if (needs & kNeedK) write_share<T, S>(p.dk, b, h, key, sums + h * ldk, T(1), p.head_dim);
+    if (needs & kNeedV) write_share<T, S>(p.dv, b, h, key, dv + h * ldv, T(1), p.head_dim_v);
   }
 }
 
@@ -99,7 +101,7 @@ struct ColumnPass {
       : p(params),
         heads(params),
         live(all_edges_live(params)),
-        far(rows_lie_far(params, p.seqlen_q, p.heads)) {
+        far(rows_lie_far(params, params.seqlen_q, params.heads)) {
     const int64_t widest = max64(p.head_dim, p.head_dim_v);
     ldk = round_up(p.head_dim, kLanes<T>);
     ldv = round_up(p.head_dim_v, kLanes<T>);
@@ -110,15 +112,23 @@ struct ColumnPass {
     if (a.base) memset(zeros, 0, size_t(widest) * sizeof(S));
   }
 
-  // The edges of one piece join the sums of their key: dK of all heads, then dV.
-  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* sums) {
+  // The edges of one piece join the sums of their key: dK of all heads, dV, or both.
+  template <int64_t Needs>
+  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dk) {
     HeadRows<T> keys{};
-    if (p.score != Score::kDot) keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
+    if (Needs & kNeedK && p.score != Score::kDot)
+      keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
+    T* const dv = dk + p.heads_k * ldk;
+    if (piece.begin == piece.end) {
+      if (Needs & kNeedK) memset(dk, 0, size_t(p.heads_k * ldk) * sizeof(T));
+      if (Needs & kNeedV) memset(dv, 0, size_t(p.heads_k * ldv) * sizeof(T));
+    }
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
       const int64_t n = min64(kEdgeLanes, piece.end - at), ahead = edges_ahead(at, n, p.edges);
       const int32_t* later = p.t_rows + at + kEdgeLanes;
       const EdgeRows<S> queries(p.q, b, p.t_rows + at, n), douts(p.dout, b, p.t_rows + at, n);
-      const T* grads = pairs + heads.pitch;
+      const T *weights = pairs, *grads = pairs + heads.pitch;
+      const int64_t step = 2 * heads.pitch;
       collect(b, at, n, ahead, numbers);
       for (int64_t h = 0; h < p.heads; ++h) {
         const auto ask = [&](const Rows& x, int64_t d) {
@@ -126,15 +136,18 @@ struct ColumnPass {
         };
         const int64_t k = h / heads.group;
         const bool fresh = at == piece.begin && h % heads.group == 0;
-        T *dk = sums + k * ldk, *dv = sums + p.heads_k * ldk + k * ldv;
-        ask(p.q, p.head_dim);
-        if (p.score == Score::kDot)
-          edge_sum_of<T, S>(live, dk, fresh, queries, h, n, p.head_dim, grads + h, 2 * heads.pitch, zeros);
-        else
-          additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, keys[k], queries,
-                                       h, n, fresh, dk, nullptr, grads + h, 2 * heads.pitch);
-        ask(p.dout, p.head_dim_v);
-        edge_sum_of<T, S>(live, dv, fresh, douts, h, n, p.head_dim_v, pairs + h, 2 * heads.pitch, zeros);
+        if constexpr (Needs & kNeedK) {
+          ask(p.q, p.head_dim);
+          if (p.score == Score::kDot)
+            edge_sum_of<T, S>(live, dk + k * ldk, fresh, queries, h, n, p.head_dim, grads + h, step, zeros);
+          else
+            additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, keys[k],
+                                         queries, h, n, fresh, dk + k * ldk, nullptr, grads + h, step);
+        }
+        if constexpr (Needs & kNeedV) {
+          ask(p.dout, p.head_dim_v);
+          edge_sum_of<T, S>(live, dv + k * ldv, fresh, douts, h, n, p.head_dim_v, weights + h, step, zeros);
+        }
       }
     }
   }
@@ -145,16 +158,15 @@ struct ColumnPass {
   void collect(int64_t b, int64_t at, int64_t n, int64_t ahead, const EdgeNumbers<T>& numbers) {
     const int64_t step = 2 * heads.pitch;
     for (int64_t e = 0; e < n; ++e) {
-      const T* from = numbers.pairs + (b * p.edges + p.t_edges[at + e]) * step;
+      const T* from = numbers.of(b, p.t_edges[at + e]);
       for (int64_t c = 0; c < step; c += kLanes<T>) store(pairs + e * step + c, load(from + c));
     }
-    for (int64_t e = 0; e < ahead; ++e)
-      __builtin_prefetch(numbers.pairs + (b * p.edges + p.t_edges[at + kEdgeLanes + e]) * step);
+    for (int64_t e = 0; e < ahead; ++e) __builtin_prefetch(numbers.of(b, p.t_edges[at + kEdgeLanes + e]));
   }
 };
 
-// dK and dV of the keys of one item of the transposed graph.
-template <typename T, typename S>
+// dK, dV or both of the keys of one item of the transposed graph.
+template <typename T, typename S, int64_t Needs>
 static void gather_columns_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
   const RowSplit split(p.t_indptr, p.seqlen_k, p.edges);
   const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::column_size(p);
@@ -165,9 +177,8 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
     const bool entire = piece.first && piece.last;
     T* sums =
         entire ? pass.own : shared_piece(numbers.columns, size, split.items(), b, t, piece.first ? 1 : 0);
-    if (piece.begin == piece.end) memset(sums, 0, size_t(size) * sizeof(T));
-    pass.piece(b, piece, numbers, sums);
-    if (entire) write_keys<T, S>(p, b, piece.row, sums, pass.ldk, pass.ldv);
+    pass.template piece<Needs>(b, piece, numbers, sums);
+    if (entire) write_keys<T, S>(p, Needs, b, piece.row, sums, pass.ldk, pass.ldv);
   });
 }
 
@@ -180,7 +191,8 @@ static void gather_columns_merge(const GatherParams& p, int64_t item, char*, cha
   const int64_t b = item / split.items(), t = item % split.items();
   const int64_t key = sum_pieces(split, b, t, numbers.columns, EdgeNumbers<T>::column_size(p), sum);
   if (key >= 0)
-    write_keys<T, S>(p, b, key, sum, round_up(p.head_dim, kLanes<T>), round_up(p.head_dim_v, kLanes<T>));
+    write_keys<T, S>(p, p.needs, b, key, sum, round_up(p.head_dim, kLanes<T>),
+                     round_up(p.head_dim_v, kLanes<T>));
 }
 
 constexpr int64_t kEdgeItem = 4096;
@@ -230,7 +242,7 @@ static void gather_edges_item(const GatherParams& p, int64_t item, char* scratch
       for (int64_t c = 0; c < lde; ++c) sums[c] = T(0);
       for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t h = 0; h < H; ++h) {
-          const T* pair = numbers.pairs + 2 * (b * p.edges + e) * numbers.pitch + h;
+          const T* pair = numbers.of(b, e) + h;
           const T weight = pair[0], g = pair[numbers.pitch];
           read_row(query, row_at(p.edge_q, b, h, row), p.edge_q.dtype, p.edge_q.col, p.edge_dim);
           read_row(grad, row_at(p.dout_edge, b, h, row), p.dout_edge.dtype, p.dout_edge.col, p.edge_dim);

@@ -1,7 +1,6 @@
-// The gather body, forward: one query's edges at a time, all heads of an edge while its rows are in cache, an
-// online softmax per head.
+// The gather body, forward: one query's edges at a time, an online softmax per head.
 #pragma once
-#include "edges.h"
+#include "gather_logits.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -34,131 +33,6 @@ struct GatherState {
     for (int64_t h = 0; h < lanes; ++h) m[h] = -kInf<T>, l[h] = T(0);
   }
 };
-
-// The parts, per lane, of w . phi(q + k) of one edge; phi by the kind of score.
-template <typename T, typename S>
-SACCADE_FORCE Vec<T> additive_part(const GatherParams& p, const T* w, const T* q, const S* k) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum{};
-  for (int64_t c = 0; c < p.head_dim; c += L) {
-    const int64_t width = min64(L, p.head_dim - c);
-    const Vec<T> x = load(q + c) + (width == L ? load_as<T>(k + c) : load_part<T>(k + c, width));
-    sum += (width == L ? load(w + c) : load_part<T>(w + c, width)) * phi_of<T>(p, x);
-  }
-  return sum;
-}
-
-// Scratch of one thread: the query row, the numbers of an edge group, its features.
-template <typename T, typename S>
-struct GatherScratch {
-  HeadLanes<T> heads;
-  T *q_rows, *edge_q_rows, *s, *extra, *features, *zero_features;
-  Vec<T>* parts;  // of pair_sums
-  double *tops, *sums;
-  S* zeros;
-  HeadRows<T> q, edge_q;
-  EdgeRows<T> feature_rows;
-  int64_t lde;
-  bool live, far;
-
-  GatherScratch(const GatherParams& p, Arena& a) : heads(p), lde(round_up(p.edge_dim, kLanes<T>)) {
-    const int64_t widest = max64(p.head_dim, p.head_dim_v);
-    q_rows = a.take<T>(p.heads * round_up(p.head_dim, kLanes<T>));
-    edge_q_rows = a.take<T>(p.heads * lde);
-    s = a.take<T>(heads.size(kEdgeLanes) + kLanes<T>);
-    parts = a.take<Vec<T>>(heads.lanes());
-    extra = a.take<T>(p.edge_dim ? heads.size(kEdgeLanes) : 0);
-    tops = a.take<double>(p.heads);
-    sums = a.take<double>(p.heads);
-    features = a.take<T>(kEdgeLanes * lde);
-    zero_features = a.take<T>(lde);
-    zeros = a.take<S>(widest);
-    if (!a.base) return;
-    live = all_edges_live(p);
-    far = rows_lie_far(p, p.seqlen_k, p.heads_k);
-    memset(parts, 0, size_t(heads.lanes()) * sizeof(Vec<T>));
-    memset(features, 0, size_t(kEdgeLanes * lde) * sizeof(T));
-    memset(zero_features, 0, size_t(lde) * sizeof(T));
-    memset(zeros, 0, size_t(widest) * sizeof(S));
-    for (int64_t e = 0; e < kEdgeLanes; ++e) feature_rows.at[e] = features + e * lde;
-  }
-  void read_queries(const GatherParams& p, int64_t b, int64_t row) {
-    q = read_heads<T, S>(p.q, b, row, p.heads, p.head_dim, q_rows);
-    if (p.edge_dim) edge_q = read_heads<T, S>(p.edge_q, b, row, p.heads, p.edge_dim, edge_q_rows);
-  }
-  void read_features(const GatherParams& p, const EdgeGroup& g) {
-    for (int64_t e = 0; p.edge_dim && e < g.n; ++e)
-      read_row(features + e * lde, row_at(p.edge_x, 0, 0, g.id(e)), p.edge_x.dtype, p.edge_x.col, p.edge_dim);
-  }
-  // to[pair] += x[h] . features of the edge.
-  void add_feature_dots(const GatherParams& p, HeadRows<T> x, int64_t n, T* to) {
-    if (!p.edge_dim) return;
-    pair_dots<T, T>(heads, x, feature_rows, n, p.edge_dim, parts, extra, nothing_else);
-    for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(extra + c));
-  }
-};
-
-// Natural logits of an edge group into s, -inf where an edge is masked or beyond n. `cap` as in
-// finish_logits.
-template <typename T, typename S>
-static void edge_logits(const GatherParams& p, const EdgeGroup& g, const EdgeRows<S>& keys,
-                        GatherScratch<T, S>& w, T* cap) {
-  constexpr int L = kLanes<T>;
-  const HeadLanes<T>& heads = w.heads;
-  const int32_t* later = p.indices + g.begin + kEdgeLanes;
-  const int64_t ahead = w.far ? edges_ahead(g.begin, g.n, p.edges) : 0;
-  const auto ask = [&](int64_t e) {
-    if (e >= ahead) return;
-    prefetch_rows<S>(p.k, g.b, 0, p.heads_k, later[e], p.head_dim);
-    prefetch_rows<S>(p.v, g.b, 0, p.heads_k, later[e], p.head_dim_v);
-  };
-  if (p.score == Score::kDot) {
-    pair_dots<T, S>(heads, w.q, keys, g.n, p.head_dim, w.parts, w.s, ask);
-    w.add_feature_dots(p, w.edge_q, g.n, w.s);
-  } else {
-    const T* weight = static_cast<const T*>(p.weight);
-    pair_sums(heads, g.n, w.parts, w.s, [&](int64_t e, Vec<T>* into) {
-      for (int64_t h = 0; h < p.heads; ++h)
-        into[h] =
-            additive_part<T, S>(p, weight + h * p.head_dim, w.q[h], keys.at[e] + h / heads.group * keys.head);
-    });
-  }
-  const int64_t pairs = g.n * heads.pitch;
-  for (int64_t c = 0; c < pairs; c += L) {
-    Vec<T> x = load(w.s + c);
-    if (p.softcap != 0) {
-      const Vec<T> t = tanhv<T>(x * T(p.scale / p.softcap));
-      if (cap) store(cap + c, t);
-      x = t * T(p.softcap);
-    } else {
-      x = x * T(p.scale);
-    }
-    if (c + L > pairs) x = iota<T>() < typename VecOf<T>::Int(pairs - c) ? x : splat<T>(-kInf<T>);
-    store(w.s + c, x);
-  }
-  if (g.live) return;
-  for (int64_t h = 0; h < p.heads; ++h) {
-    const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
-    const Interval inside = row_interval(p.mask, g.b, h, g.row, p.seqlen_q, p.seqlen_k);
-    for (int64_t e = 0; e < g.n; ++e) {
-      T& s = w.s[e * heads.pitch + h];
-      const T add = bias ? bias[g.id(e)] : T(0);
-      const bool kept = g.kept[e] && inside.begin <= g.key(e) && g.key(e) < inside.end;
-      s = !kept || add == -kInf<T> ? -kInf<T> : s + add;
-    }
-  }
-}
-
-template <typename T>
-SACCADE_FORCE T dropout_factor(const GatherParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return dropout_keeps(p.seed, dropout_threshold(p.dropout_p), b, h, i, j) ? T(1 / (1 - p.dropout_p)) : T(0);
-}
-// x[pair] *= the factor of the pair.
-template <typename T>
-static void drop_edges(const GatherParams& p, const EdgeGroup& g, int64_t pitch, T* x) {
-  for (int64_t e = 0; e < g.n; ++e)
-    for (int64_t h = 0; h < p.heads; ++h) x[e * pitch + h] *= dropout_factor<T>(p, g.b, h, g.row, g.key(e));
-}
 
 // Multiplies what the heads of lanes [c, c + L) have summed by their alpha.
 template <typename T>
@@ -204,19 +78,60 @@ static void edge_softmax(const GatherParams& p, const HeadLanes<T>& heads, int64
   }
 }
 
+// The workspace: the pieces of cut rows; and the logits of all edges, [B][E][pitch], where the rows lie far
+// and a pass of its own makes them.
+template <typename T>
+struct ForwardSpace {
+  T *pieces, *logits;
+  bool far;
+
+  ForwardSpace(const GatherParams& p, Arena& a) : far(rows_lie_far(p, p.seqlen_k, p.heads_k)) {
+    const int64_t items = RowSplit(p.indptr, p.seqlen_q, p.edges).items();
+    pieces = a.take<T>(p.batch * items * 2 * GatherState<T>::size(p));
+    logits = a.take<T>(far ? p.batch * p.edges * HeadLanes<T>(p).pitch : 0);
+  }
+};
+
+template <typename T, typename S>
+static void gather_logits_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
+  const int64_t b = item / split.items(), t = item % split.items();
+  Arena arena{scratch}, shared{workspace};
+  GatherScratch<T, S> w(p, arena);
+  const ForwardSpace<T> space(p, shared);
+  split.for_each(t, [&](RowSplit::Piece piece) {
+    if (piece.begin < piece.end) w.read_queries(p, b, piece.row);
+    for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
+      const EdgeGroup g(p, b, piece.row, at, piece.end, w.live);
+      w.read_features(p, g);
+      edge_logits<T, S>(p, g, EdgeRows<S>(p.k, b, p.indices + at, g.n), w, nullptr);
+      copy_numbers(space.logits + (b * p.edges + at) * w.heads.pitch, w.s, g.n * w.heads.pitch);
+    }
+  });
+}
+
 template <typename T, typename S>
 static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piece, GatherScratch<T, S>& w,
-                          GatherState<T>& state) {
+                          const ForwardSpace<T>& space, GatherState<T>& state) {
   const HeadLanes<T>& heads = w.heads;
   for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
     const EdgeGroup g(p, b, piece.row, at, piece.end, w.live);
-    const EdgeRows<S> keys(p.k, b, p.indices + at, g.n), values(p.v, b, p.indices + at, g.n);
+    const EdgeRows<S> values(p.v, b, p.indices + at, g.n);
     const bool fresh = at == piece.begin;
     w.read_features(p, g);
-    edge_logits<T, S>(p, g, keys, w, nullptr);
+    if (space.far) {
+      const int64_t pairs = g.n * heads.pitch;
+      copy_numbers(w.s, space.logits + (b * p.edges + at) * heads.pitch, pairs);
+      for (int64_t c = pairs; c < heads.size(g.n); ++c) w.s[c] = -kInf<T>;
+    } else {
+      edge_logits<T, S>(p, g, EdgeRows<S>(p.k, b, p.indices + at, g.n), w, nullptr);
+    }
     edge_softmax(p, heads, g.n, fresh, w.s, state);
     if (p.dropout_p > 0) drop_edges(p, g, heads.pitch, w.s);
-    for (int64_t k = 0; k < p.heads_k; ++k)
+    const int32_t* later = p.indices + at + kEdgeLanes;
+    const int64_t ahead = w.far ? edges_ahead(at, g.n, p.edges) : 0;
+    for (int64_t k = 0; k < p.heads_k; ++k) {
+      for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(p.v, b, k, 1, later[e], p.head_dim_v);
       for (int64_t h = k * heads.group; h < (k + 1) * heads.group; ++h) {
         edge_sum_of<T, S>(g.live, state.O + h * state.ldo, fresh, values, k, g.n, p.head_dim_v, w.s + h,
                           heads.pitch, w.zeros);
@@ -224,6 +139,7 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
           edge_sum_of<T, T>(g.live, state.E + h * state.lde, fresh, w.feature_rows, 0, g.n, p.edge_dim,
                             w.s + h, heads.pitch, w.zero_features);
       }
+    }
   }
 }
 
@@ -264,17 +180,19 @@ template <typename T, typename S>
 static void gather_forward_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
   const RowSplit split(p.indptr, p.seqlen_q, p.edges);
   const int64_t b = item / split.items(), t = item % split.items(), size = GatherState<T>::size(p);
-  Arena arena{scratch};
+  Arena arena{scratch}, shared{workspace};
   GatherScratch<T, S> w(p, arena);
   GatherState<T> own(p, arena.take<T>(size));
+  const ForwardSpace<T> space(p, shared);
   split.for_each(t, [&](RowSplit::Piece piece) {
     const bool entire = piece.first && piece.last;
-    GatherState<T> state = entire ? own
-                                  : GatherState<T>(p, shared_piece(reinterpret_cast<T*>(workspace), size,
-                                                                   split.items(), b, t, piece.first ? 1 : 0));
+    GatherState<T> state =
+        entire
+            ? own
+            : GatherState<T>(p, shared_piece(space.pieces, size, split.items(), b, t, piece.first ? 1 : 0));
     state.clear(p, piece.begin < piece.end);
     w.read_queries(p, b, piece.row);
-    forward_piece<T, S>(p, b, piece, w, state);
+    forward_piece<T, S>(p, b, piece, w, space, state);
     if (entire) finish_row<T, S>(p, b, piece.row, state, w.tops, w.sums);
   });
 }
@@ -287,7 +205,8 @@ static void gather_merge_item(const GatherParams& p, int64_t item, char* scratch
   int64_t end = 0;
   const int64_t row = split.cut_row(t, end);
   if (row < 0) return;
-  T* base = reinterpret_cast<T*>(workspace);
+  Arena shared{workspace};
+  T* base = ForwardSpace<T>(p, shared).pieces;
   GatherState<T> sum(p, shared_piece(base, size, split.items(), b, t, 1));
   for (int64_t other = t + 1; other <= end; ++other) {
     const GatherState<T> part(p, shared_piece(base, size, split.items(), b, other, 0));
@@ -315,11 +234,13 @@ template <typename T, typename S>
 static Plan<GatherParams> gather_forward_plan(const GatherParams& p) {
   Plan<GatherParams> plan;
   const RowSplit split(p.indptr, p.seqlen_q, p.edges);
-  Arena arena{nullptr};
+  Arena arena{nullptr}, shared{nullptr};
   const GatherScratch<T, S> w(p, arena);
+  const ForwardSpace<T> space(p, shared);
   arena.take<T>(GatherState<T>::size(p));
   plan.scratch_bytes = arena.used;
-  plan.workspace_bytes = size_t(p.batch * split.items() * 2 * GatherState<T>::size(p)) * sizeof(T);
+  plan.workspace_bytes = shared.used;
+  if (space.far) plan.add(p.batch * split.items(), &gather_logits_item<T, S>);
   plan.add(p.batch * split.items(), &gather_forward_item<T, S>);
   if (split.items() > 1) plan.add(p.batch * split.items(), &gather_merge_item<T, S>);
   return plan;

@@ -1,0 +1,137 @@
+// The first half of the gather body: the logits of edges, 16 at a time, all heads of an edge while its key
+// row is in cache.
+#pragma once
+#include "edges.h"
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+// The parts, per lane, of w . phi(q + k) of one edge; phi by the kind of score.
+template <typename T, typename S>
+SACCADE_FORCE Vec<T> additive_part(const GatherParams& p, const T* w, const T* q, const S* k) {
+  constexpr int L = kLanes<T>;
+  Vec<T> sum{};
+  for (int64_t c = 0; c < p.head_dim; c += L) {
+    const int64_t width = min64(L, p.head_dim - c);
+    const Vec<T> x = load(q + c) + (width == L ? load_as<T>(k + c) : load_part<T>(k + c, width));
+    sum += (width == L ? load(w + c) : load_part<T>(w + c, width)) * phi_of<T>(p, x);
+  }
+  return sum;
+}
+
+// Scratch of one thread: the query row, the numbers of an edge group, its features.
+template <typename T, typename S>
+struct GatherScratch {
+  HeadLanes<T> heads;
+  T *q_rows, *edge_q_rows, *s, *extra, *features, *zero_features;
+  Vec<T>* parts;  // of pair_sums
+  double *tops, *sums;
+  S* zeros;
+  HeadRows<T> q, edge_q;
+  EdgeRows<T> feature_rows;
+  int64_t lde;
+  bool live, far;
+
+  GatherScratch(const GatherParams& p, Arena& a) : heads(p), lde(round_up(p.edge_dim, kLanes<T>)) {
+    const int64_t widest = max64(p.head_dim, p.head_dim_v);
+    q_rows = a.take<T>(p.heads * round_up(p.head_dim, kLanes<T>));
+    edge_q_rows = a.take<T>(p.heads * lde);
+    s = a.take<T>(heads.size(kEdgeLanes) + kLanes<T>);
+    parts = a.take<Vec<T>>(heads.lanes());
+    extra = a.take<T>(p.edge_dim ? heads.size(kEdgeLanes) : 0);
+    tops = a.take<double>(p.heads);
+    sums = a.take<double>(p.heads);
+    features = a.take<T>(kEdgeLanes * lde);
+    zero_features = a.take<T>(lde);
+    zeros = a.take<S>(widest);
+    if (!a.base) return;
+    live = all_edges_live(p);
+    far = rows_lie_far(p, p.seqlen_k, p.heads_k);
+    memset(parts, 0, size_t(heads.lanes()) * sizeof(Vec<T>));
+    memset(features, 0, size_t(kEdgeLanes * lde) * sizeof(T));
+    memset(zero_features, 0, size_t(lde) * sizeof(T));
+    memset(zeros, 0, size_t(widest) * sizeof(S));
+    for (int64_t e = 0; e < kEdgeLanes; ++e) feature_rows.at[e] = features + e * lde;
+  }
+  void read_queries(const GatherParams& p, int64_t b, int64_t row) {
+    q = read_heads<T, S>(p.q, b, row, p.heads, p.head_dim, q_rows);
+    if (p.edge_dim) edge_q = read_heads<T, S>(p.edge_q, b, row, p.heads, p.edge_dim, edge_q_rows);
+  }
+  void read_features(const GatherParams& p, const EdgeGroup& g) {
+    for (int64_t e = 0; p.edge_dim && e < g.n; ++e)
+      read_row(features + e * lde, row_at(p.edge_x, 0, 0, g.id(e)), p.edge_x.dtype, p.edge_x.col, p.edge_dim);
+  }
+  // to[pair] += x[h] . features of the edge.
+  void add_feature_dots(const GatherParams& p, HeadRows<T> x, int64_t n, T* to) {
+    if (!p.edge_dim) return;
+    pair_dots<T, T>(heads, x, feature_rows, n, p.edge_dim, parts, extra, nothing_else);
+    for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(extra + c));
+  }
+};
+
+// Natural logits of an edge group into s, -inf where an edge is masked or beyond n. `cap` as in
+// finish_logits.
+template <typename T, typename S>
+static void edge_logits(const GatherParams& p, const EdgeGroup& g, const EdgeRows<S>& keys,
+                        GatherScratch<T, S>& w, T* cap) {
+  constexpr int L = kLanes<T>;
+  const HeadLanes<T>& heads = w.heads;
+  const int32_t* later = p.indices + g.begin + kEdgeLanes;
+  const int64_t ahead = w.far ? edges_ahead(g.begin, g.n, p.edges) : 0;
+  const auto ask = [&](int64_t e) {
+    if (e < ahead) prefetch_rows<S>(p.k, g.b, 0, p.heads_k, later[e], p.head_dim);
+  };
+  if (p.score == Score::kDot) {
+    pair_dots<T, S>(heads, w.q, keys, g.n, p.head_dim, w.parts, w.s, ask);
+    w.add_feature_dots(p, w.edge_q, g.n, w.s);
+  } else {
+    const T* weight = static_cast<const T*>(p.weight);
+    pair_sums(heads, g.n, w.parts, w.s, [&](int64_t e, Vec<T>* into) {
+      for (int64_t h = 0; h < p.heads; ++h)
+        into[h] =
+            additive_part<T, S>(p, weight + h * p.head_dim, w.q[h], keys.at[e] + h / heads.group * keys.head);
+    });
+  }
+  const int64_t pairs = g.n * heads.pitch;
+  for (int64_t c = 0; c < pairs; c += L) {
+    Vec<T> x = load(w.s + c);
+    if (p.softcap != 0) {
+      const Vec<T> t = tanhv<T>(x * T(p.scale / p.softcap));
+      if (cap) store(cap + c, t);
+      x = t * T(p.softcap);
+    } else {
+      x = x * T(p.scale);
+    }
+    if (c + L > pairs) x = iota<T>() < typename VecOf<T>::Int(pairs - c) ? x : splat<T>(-kInf<T>);
+    store(w.s + c, x);
+  }
+  if (g.live) return;
+  bool kept[kEdgeLanes];
+  for (int64_t e = 0; e < g.n; ++e) kept[e] = keeps_pair(p.mask, g.b, g.row, g.key(e));
+  for (int64_t h = 0; h < p.heads; ++h) {
+    const T* bias = p.edge_bias ? static_cast<const T*>(p.edge_bias) + h * p.edge_bias_head : nullptr;
+    const Interval inside = row_interval(p.mask, g.b, h, g.row, p.seqlen_q, p.seqlen_k);
+    for (int64_t e = 0; e < g.n; ++e) {
+      T& s = w.s[e * heads.pitch + h];
+      const T add = bias ? bias[g.id(e)] : T(0);
+      const bool inner = kept[e] && inside.begin <= g.key(e) && g.key(e) < inside.end;
+      s = !inner || add == -kInf<T> ? -kInf<T> : s + add;
+    }
+  }
+}
+
+template <typename T>
+SACCADE_FORCE T dropout_factor(const GatherParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return dropout_keeps(p.seed, dropout_threshold(p.dropout_p), b, h, i, j) ? T(1 / (1 - p.dropout_p)) : T(0);
+}
+// x[pair] *= the factor of the pair.
+template <typename T>
+static void drop_edges(const GatherParams& p, const EdgeGroup& g, int64_t pitch, T* x) {
+  for (int64_t e = 0; e < g.n; ++e)
+    for (int64_t h = 0; h < p.heads; ++h) x[e * pitch + h] *= dropout_factor<T>(p, g.b, h, g.row, g.key(e));
+}
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

@@ -125,7 +125,9 @@ SACCADE_FORCE void pair_dots(const HeadLanes<T>& lanes, HeadRows<T> x, const Edg
 }
 SACCADE_FORCE void nothing_else(int64_t) {}
 
-template <int V, typename T, typename S>
+// y[v] += sum_e w[e] row_e[v], or y = where it is fresh, for V vectors: those of one head, or, H of them to a
+// head, those of V / H heads, whose weights lie side by side.
+template <int V, int H, typename T, typename S>
 SACCADE_FORCE void edge_sum_part(T* y, bool fresh, const EdgeRows<S>& rows, int64_t at, int64_t n,
                                  const T* weight, int64_t pitch) {
   constexpr int L = kLanes<T>;
@@ -134,9 +136,9 @@ SACCADE_FORCE void edge_sum_part(T* y, bool fresh, const EdgeRows<S>& rows, int6
   for (int v = 0; v < V; ++v) a[v] = fresh ? Vec<T>{} : load(y + v * L);
   for (int64_t e = 0; e < n; ++e) {
     const S* row = rows.at[e] + at;
-    const T w = weight[e * pitch];
+    const T* w = weight + e * pitch;
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) a[v] += w * load_as<T>(row + v * L);
+    for (int v = 0; v < V; ++v) a[v] += w[v / H] * load_as<T>(row + v * L);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) store(y + v * L, a[v]);
@@ -149,13 +151,13 @@ static void edge_sum(T* y, bool fresh, const EdgeRows<S>& rows, int64_t k, int64
   constexpr int L = kLanes<T>;
   const int64_t at = k * rows.head;
   int64_t c = 0;
-  for (; c + 4 * L <= d; c += 4 * L) edge_sum_part<4>(y + c, fresh, rows, at + c, n, weight, pitch);
+  for (; c + 4 * L <= d; c += 4 * L) edge_sum_part<4, 4>(y + c, fresh, rows, at + c, n, weight, pitch);
   if (c + 2 * L <= d) {
-    edge_sum_part<2>(y + c, fresh, rows, at + c, n, weight, pitch);
+    edge_sum_part<2, 2>(y + c, fresh, rows, at + c, n, weight, pitch);
     c += 2 * L;
   }
   if (c + L <= d) {
-    edge_sum_part<1>(y + c, fresh, rows, at + c, n, weight, pitch);
+    edge_sum_part<1, 1>(y + c, fresh, rows, at + c, n, weight, pitch);
     c += L;
   }
   if (c == d) return;
@@ -174,11 +176,25 @@ SACCADE_FORCE EdgeRows<S> live_rows(const EdgeRows<S>& rows, int64_t k, int64_t 
   return live;
 }
 
-// edge_sum over all edges, or over those whose weight is not 0.
+// How many heads edge_sums takes in one walk over the edges: those of rows of one or two vectors that lie
+// side by side, where all edges are live.
+template <typename T>
+SACCADE_FORCE int64_t heads_together(bool all, const HeadLanes<T>& x, int64_t head, int64_t d) {
+  constexpr int L = kLanes<T>;
+  const bool fit = all && x.group == 1 && head == d && (d == L || d == 2 * L) && x.heads % (4 * L / d) == 0;
+  return fit ? 4 * L / d : 1;
+}
+
+// edge_sum of `together` heads from k on, weights and sums side by side, over all edges or over those whose
+// weight is not 0.
 template <typename T, typename S>
-SACCADE_FORCE void edge_sum_of(bool all, T* y, bool fresh, const EdgeRows<S>& rows, int64_t k, int64_t n,
-                               int64_t d, const T* weight, int64_t pitch, const S* zeros) {
-  if (all)
+SACCADE_FORCE void edge_sums(int64_t together, bool all, T* y, bool fresh, const EdgeRows<S>& rows, int64_t k,
+                             int64_t n, int64_t d, const T* weight, int64_t pitch, const S* zeros) {
+  if (together == 4)
+    edge_sum_part<4, 1>(y, fresh, rows, k * rows.head, n, weight, pitch);
+  else if (together == 2)
+    edge_sum_part<4, 2>(y, fresh, rows, k * rows.head, n, weight, pitch);
+  else if (all)
     edge_sum<T, S>(y, fresh, rows, k, n, d, weight, pitch);
   else
     edge_sum<T, S>(y, fresh, live_rows(rows, k, n, weight, pitch, zeros), 0, n, d, weight, pitch);

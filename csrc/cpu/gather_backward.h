@@ -147,20 +147,22 @@ struct RowPass {
           store(joined + (2 * e + part) * pitch + c, load((part ? g : w.s) + e * pitch + c));
   }
   void add_queries(const EdgeGroup& e16, const EdgeRows<S>& keys, bool fresh, T* dq, double* dW) {
-    const int64_t pitch = w.heads.pitch, group = w.heads.group;
+    const HeadLanes<T>& heads = w.heads;
     T* dqe = dq + p.heads * ldq;
-    for (int64_t k = 0; k < p.heads_k; ++k)
-      for (int64_t h = k * group; h < (k + 1) * group; ++h) {
-        if (p.score != Score::kDot) {
-          additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, w.q[h], keys, k,
-                                       e16.n, fresh, dq + h * ldq, dW + h * p.head_dim, g + h, pitch);
-          continue;
-        }
-        edge_sum_of<T, S>(e16.live, dq + h * ldq, fresh, keys, k, e16.n, p.head_dim, g + h, pitch, w.zeros);
-        if (p.edge_dim)
-          edge_sum_of<T, T>(e16.live, dqe + h * w.lde, fresh, w.feature_rows, 0, e16.n, p.edge_dim, g + h,
-                            pitch, w.zero_features);
-      }
+    if (p.score != Score::kDot) {
+      for (int64_t h = 0; h < p.heads; ++h)
+        additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, w.q[h], keys,
+                                     h / heads.group, e16.n, fresh, dq + h * ldq, dW + h * p.head_dim, g + h,
+                                     heads.pitch);
+      return;
+    }
+    const int64_t together = heads_together(e16.live, heads, keys.head, p.head_dim);
+    for (int64_t h = 0; h < p.heads; h += together)
+      edge_sums<T, S>(together, e16.live, dq + h * ldq, fresh, keys, h / heads.group, e16.n, p.head_dim,
+                      g + h, heads.pitch, w.zeros);
+    for (int64_t h = 0; p.edge_dim && h < p.heads; ++h)
+      edge_sums<T, T>(1, e16.live, dqe + h * w.lde, fresh, w.feature_rows, 0, e16.n, p.edge_dim, g + h,
+                      heads.pitch, w.zero_features);
   }
 };
 

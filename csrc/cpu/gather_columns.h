@@ -94,6 +94,7 @@ struct ColumnPass {
   HeadLanes<T> heads;
   T *own, *key_rows, *pairs;  // the last [kEdgeLanes][2][pitch]
   S* zeros;
+  HeadRows<T> keys{};  // of the additive scores
   int64_t ldk, ldv;
   bool live, far;
 
@@ -115,7 +116,6 @@ struct ColumnPass {
   // The edges of one piece join the sums of their key: dK of all heads, dV, or both.
   template <int64_t Needs>
   void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dk) {
-    HeadRows<T> keys{};
     if (Needs & kNeedK && p.score != Score::kDot)
       keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
     T* const dv = dk + p.heads_k * ldk;
@@ -124,44 +124,52 @@ struct ColumnPass {
       if (Needs & kNeedV) memset(dv, 0, size_t(p.heads_k * ldv) * sizeof(T));
     }
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      const int64_t n = min64(kEdgeLanes, piece.end - at), ahead = edges_ahead(at, n, p.edges);
-      const int32_t* later = p.t_rows + at + kEdgeLanes;
-      const EdgeRows<S> queries(p.q, b, p.t_rows + at, n), douts(p.dout, b, p.t_rows + at, n);
-      const T *weights = pairs, *grads = pairs + heads.pitch;
-      const int64_t step = 2 * heads.pitch;
-      collect(b, at, n, ahead, numbers);
-      for (int64_t h = 0; h < p.heads; ++h) {
-        const auto ask = [&](const Rows& x, int64_t d) {
-          for (int64_t e = 0; far && e < ahead; ++e) prefetch_rows<S>(x, b, h, 1, later[e], d);
-        };
-        const int64_t k = h / heads.group;
-        const bool fresh = at == piece.begin && h % heads.group == 0;
-        if constexpr (Needs & kNeedK) {
-          ask(p.q, p.head_dim);
-          if (p.score == Score::kDot)
-            edge_sum_of<T, S>(live, dk + k * ldk, fresh, queries, h, n, p.head_dim, grads + h, step, zeros);
-          else
-            additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, keys[k],
-                                         queries, h, n, fresh, dk + k * ldk, nullptr, grads + h, step);
-        }
-        if constexpr (Needs & kNeedV) {
-          ask(p.dout, p.head_dim_v);
-          edge_sum_of<T, S>(live, dv + k * ldv, fresh, douts, h, n, p.head_dim_v, weights + h, step, zeros);
-        }
+      collect(b, at, min64(kEdgeLanes, piece.end - at), numbers);
+      if constexpr (Needs & kNeedK) {
+        const T* grads = pairs + heads.pitch;
+        if (p.score == Score::kDot)
+          add_rows(b, at, piece, p.q, p.head_dim, grads, dk, ldk);
+        else
+          add_additive(b, at, piece, grads, dk);
       }
+      if constexpr (Needs & kNeedV) add_rows(b, at, piece, p.dout, p.head_dim_v, pairs, dv, ldv);
     }
   }
 
  private:
   // The numbers of these edges side by side; those of the next are asked for. Each edge's last vector may
   // reach into the next edge, which is written after it.
-  void collect(int64_t b, int64_t at, int64_t n, int64_t ahead, const EdgeNumbers<T>& numbers) {
-    const int64_t step = 2 * heads.pitch;
+  void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers) {
+    const int64_t step = 2 * heads.pitch, ahead = edges_ahead(at, n, p.edges);
     for (int64_t e = 0; e < n; ++e) {
       const T* from = numbers.of(b, p.t_edges[at + e]);
       for (int64_t c = 0; c < step; c += kLanes<T>) store(pairs + e * step + c, load(from + c));
     }
     for (int64_t e = 0; e < ahead; ++e) __builtin_prefetch(numbers.of(b, p.t_edges[at + kEdgeLanes + e]));
+  }
+  // sums[k] += the edges' rows of x, of every head of key head k, by their weights; a head's first rows are
+  // written, not added.
+  void add_rows(int64_t b, int64_t at, RowSplit::Piece piece, const Rows& x, int64_t d, const T* weights,
+                T* sums, int64_t ld) {
+    const int64_t n = min64(kEdgeLanes, piece.end - at), ahead = far ? edges_ahead(at, n, p.edges) : 0;
+    const int32_t* later = p.t_rows + at + kEdgeLanes;
+    const EdgeRows<S> rows(x, b, p.t_rows + at, n);
+    const int64_t together = heads_together(live, heads, rows.head, d);
+    for (int64_t h = 0; h < p.heads; h += together) {
+      for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(x, b, h, together, later[e], d);
+      edge_sums<T, S>(together, live, sums + h / heads.group * ld, at == piece.begin && h % heads.group == 0,
+                      rows, h, n, d, weights + h, 2 * heads.pitch, zeros);
+    }
+  }
+  void add_additive(int64_t b, int64_t at, RowSplit::Piece piece, const T* grads, T* dk) {
+    const int64_t n = min64(kEdgeLanes, piece.end - at);
+    const EdgeRows<S> queries(p.q, b, p.t_rows + at, n);
+    for (int64_t e = 0; far && e < edges_ahead(at, n, p.edges); ++e)
+      prefetch_rows<S>(p.q, b, 0, p.heads, p.t_rows[at + kEdgeLanes + e], p.head_dim);
+    for (int64_t h = 0; h < p.heads; ++h)
+      additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, keys[h / heads.group],
+                                   queries, h, n, at == piece.begin && h % heads.group == 0,
+                                   dk + h / heads.group * ldk, nullptr, grads + h, 2 * heads.pitch);
   }
 };
 

@@ -130,23 +130,46 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
     if (p.dropout_p > 0) drop_edges(p, g, heads.pitch, w.s);
     const int32_t* later = p.indices + at + kEdgeLanes;
     const int64_t ahead = w.far ? edges_ahead(at, g.n, p.edges) : 0;
-    for (int64_t k = 0; k < p.heads_k; ++k) {
-      for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(p.v, b, k, 1, later[e], p.head_dim_v);
-      for (int64_t h = k * heads.group; h < (k + 1) * heads.group; ++h) {
-        edge_sum_of<T, S>(g.live, state.O + h * state.ldo, fresh, values, k, g.n, p.head_dim_v, w.s + h,
-                          heads.pitch, w.zeros);
-        if (p.edge_dim)
-          edge_sum_of<T, T>(g.live, state.E + h * state.lde, fresh, w.feature_rows, 0, g.n, p.edge_dim,
-                            w.s + h, heads.pitch, w.zero_features);
-      }
+    const int64_t together = heads_together(g.live, heads, values.head, p.head_dim_v);
+    for (int64_t h = 0; h < p.heads; h += together) {
+      const int64_t k = h / heads.group;
+      for (int64_t e = 0; e < ahead && h % heads.group == 0; ++e)
+        prefetch_rows<S>(p.v, b, k, together, later[e], p.head_dim_v);
+      edge_sums<T, S>(together, g.live, state.O + h * state.ldo, fresh, values, k, g.n, p.head_dim_v, w.s + h,
+                      heads.pitch, w.zeros);
     }
+    for (int64_t h = 0; p.edge_dim && h < p.heads; ++h)
+      edge_sums<T, T>(1, g.live, state.E + h * state.lde, fresh, w.feature_rows, 0, g.n, p.edge_dim, w.s + h,
+                      heads.pitch, w.zero_features);
   }
 }
 
-// Adds the sink, normalises and writes a row. tops and sums: a number per head each.
+// lse = top + log(sum), the logarithms of many rows together: one alone fills no vector and waits for itself.
+class Logarithms {
+ public:
+  void add(double* to, double top, double sum) {
+    to_[n_] = to;
+    tops_[n_] = top;
+    sums_[n_] = sum;
+    if (++n_ == kRoom) finish();
+  }
+  void finish() {
+    log_each(sums_, sums_, n_);
+    for (int64_t i = 0; i < n_; ++i) *to_[i] = tops_[i] + sums_[i];
+    n_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kRoom = 64;
+  double* to_[kRoom];
+  double tops_[kRoom], sums_[kRoom];
+  int64_t n_ = 0;
+};
+
+// Adds the sink, normalises and writes a row.
 template <typename T, typename S>
-static void finish_row(const GatherParams& p, int64_t b, int64_t row, const GatherState<T>& s, double* tops,
-                       double* sums) {
+static void finish_row(const GatherParams& p, int64_t b, int64_t row, const GatherState<T>& s,
+                       Logarithms& lse) {
   for (int64_t h = 0; h < p.heads; ++h) {
     T share = T(1);
     if (is_softmax(p)) {
@@ -158,15 +181,12 @@ static void finish_row(const GatherParams& p, int64_t b, int64_t row, const Gath
         top = pivot;
       }
       share = sum == 0 ? T(0) : T(mine / sum);
-      tops[h] = sum == 0 ? -kInf<double> : top;
-      sums[h] = sum == 0 ? 1 : sum;
+      lse.add(p.lse + b * p.lse_batch + h * p.lse_head + row, sum == 0 ? -kInf<double> : top,
+              sum == 0 ? 1 : sum);
     }
     write_share<T, S>(p.out, b, h, row, s.O + h * s.ldo, share, p.head_dim_v);
     if (p.edge_dim) write_share<T, S>(p.out_edge, b, h, row, s.E + h * s.lde, share, p.edge_dim);
   }
-  if (!is_softmax(p)) return;
-  log_each(sums, sums, p.heads);
-  for (int64_t h = 0; h < p.heads; ++h) p.lse[b * p.lse_batch + h * p.lse_head + row] = tops[h] + sums[h];
 }
 
 // Where the piece of a row that item t shares with its neighbours lies: slot 0 began before t, slot 1 begins
@@ -184,6 +204,7 @@ static void gather_forward_item(const GatherParams& p, int64_t item, char* scrat
   GatherScratch<T, S> w(p, arena);
   GatherState<T> own(p, arena.take<T>(size));
   const ForwardSpace<T> space(p, shared);
+  Logarithms lse;
   split.for_each(t, [&](RowSplit::Piece piece) {
     const bool entire = piece.first && piece.last;
     GatherState<T> state =
@@ -193,13 +214,14 @@ static void gather_forward_item(const GatherParams& p, int64_t item, char* scrat
     state.clear(p, piece.begin < piece.end);
     w.read_queries(p, b, piece.row);
     forward_piece<T, S>(p, b, piece, w, space, state);
-    if (entire) finish_row<T, S>(p, b, piece.row, state, w.tops, w.sums);
+    if (entire) finish_row<T, S>(p, b, piece.row, state, lse);
   });
+  lse.finish();
 }
 
 // Rows that were cut: their pieces are merged in the order of their edges.
 template <typename T, typename S>
-static void gather_merge_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+static void gather_merge_item(const GatherParams& p, int64_t item, char*, char* workspace) {
   const RowSplit split(p.indptr, p.seqlen_q, p.edges);
   const int64_t b = item / split.items(), t = item % split.items(), size = GatherState<T>::size(p);
   int64_t end = 0;
@@ -225,9 +247,9 @@ static void gather_merge_item(const GatherParams& p, int64_t item, char* scratch
         sum.E[h * sum.lde + c] = sum.E[h * sum.lde + c] * mine + part.E[h * sum.lde + c] * its;
     }
   }
-  Arena arena{scratch};
-  double* tops = arena.take<double>(p.heads);
-  finish_row<T, S>(p, b, row, sum, tops, arena.take<double>(p.heads));
+  Logarithms lse;
+  finish_row<T, S>(p, b, row, sum, lse);
+  lse.finish();
 }
 
 template <typename T, typename S>

@@ -26,7 +26,6 @@ struct GatherScratch {
   HeadLanes<T> heads;
   T *q_rows, *edge_q_rows, *s, *extra, *features, *zero_features;
   Vec<T>* parts;  // of pair_sums
-  double *tops, *sums;
   S* zeros;
   HeadRows<T> q, edge_q;
   EdgeRows<T> feature_rows;
@@ -40,8 +39,6 @@ struct GatherScratch {
     s = a.take<T>(heads.size(kEdgeLanes) + kLanes<T>);
     parts = a.take<Vec<T>>(heads.lanes());
     extra = a.take<T>(p.edge_dim ? heads.size(kEdgeLanes) : 0);
-    tops = a.take<double>(p.heads);
-    sums = a.take<double>(p.heads);
     features = a.take<T>(kEdgeLanes * lde);
     zero_features = a.take<T>(lde);
     zeros = a.take<S>(widest);

@@ -46,7 +46,9 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor workspace = empty({saccade_cuda_decode_workspace(&p)}, ScalarType::Byte, call.q);
     check(saccade_cuda_decode(&p, seed, workspace.mutable_data_ptr(), gpu.index, gpu.stream));
   } else {
-    check(saccade_cuda_forward(&p, seed, call.q.size(0), call.k.size(0), gpu.index, gpu.stream));
+    const Tensor counter = empty({4}, ScalarType::Byte, call.q);
+    check(saccade_cuda_forward(&p, seed, call.q.size(0), call.k.size(0), counter.mutable_data_ptr(),
+                               gpu.index, gpu.stream));
   }
   give(stack, 0, out);
   give(stack, 1, lse);

@@ -275,7 +275,8 @@ class Chosen(Simulated):
         self.device = device
 
     def call(self, name: str, p: Params, seed: Tensor | None, *more: Any) -> None:
-        super().call(name.removesuffix("_sm90"), p, seed, *more)
+        counter = [None] if name == "saccade_cuda_forward_sm90" else []
+        super().call(name.removesuffix("_sm90"), p, seed, *more, *counter)
 
 
 @needs_compiler

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ class Kernel:
     stack: int
     local: int
     instructions: dict[str, int] = field(default_factory=dict)
+    listing: list[tuple[int, str]] = field(default_factory=list)  # address, text
 
     def count(self, start: str) -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(start))
@@ -86,6 +88,8 @@ def run(*command: str) -> str:
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": path}
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    # What ptxas says of wgmma: that it serialises products, or puts in waits of its own.
+    assert not re.search(r"\(C75\d\d\)", result.stderr), result.stderr
     return result.stdout
 
 
@@ -109,14 +113,16 @@ def kernels_of(library: Path) -> list[Kernel]:
         elif match := re.match(r" Function (\S+):", line):
             name = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
-            found[arch, name] = Kernel(arch, name, *map(int, match.groups()))
+            registers, stack, local = map(int, match.groups())
+            found[arch, name] = Kernel(arch, name, registers, stack, local)
     for line in run(dump, "-sass", str(library)).splitlines():
         if match := re.match(r"arch = (\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             kernel = found[arch, match[1]]
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)", line):
-            kernel.instructions[match[1]] = kernel.instructions.get(match[1], 0) + 1
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][\w.]*).*?);", line):
+            kernel.instructions[match[3]] = kernel.instructions.get(match[3], 0) + 1
+            kernel.listing.append((int(match[1], 16), match[2].strip()))
     return list(found.values())
 
 
@@ -154,6 +160,53 @@ def test_products_run_asynchronously(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         if products := kernel.count("HGMMA"):
             assert kernel.count("WARPGROUP.DEPBAR") * 2 < products, kernel.name
+
+
+def test_exponentials_run_while_products_do(kernels: list[Kernel]) -> None:
+    """ptxas likes to move the wait for a product ahead of the arithmetic that was to fill it (settle)."""
+    for kernel in kernels:
+        waits = [i for i, (_, text) in enumerate(kernel.listing) if text.startswith("WARPGROUP.DEPBAR")]
+        for first, last in pairwise(waits):
+            if "0x1" not in kernel.listing[first][1] or "0x0" not in kernel.listing[last][1]:
+                continue  # not the wait for all products behind one for all but the last
+            after = (text for _, text in kernel.listing[last:])
+            block = [*takewhile(lambda text: "BRA " not in text, after)]
+            assert not any("MUFU.EX2" in text for text in block), f"{kernel.name}, {kernel.listing[last]}"
+
+
+def reached(kernel: Kernel, start: int) -> set[int]:
+    """Instructions that run behind instruction `start`."""
+    at = {address: i for i, (address, _) in enumerate(kernel.listing)}
+    found: set[int] = set()
+    todo = [start + 1]
+    while todo:
+        i = todo.pop()
+        if i in found or i >= len(kernel.listing):
+            continue
+        found.add(i)
+        text = kernel.listing[i][1]
+        if target := re.search(r"\b(?:BRA|CALL)\b.* (0x[0-9a-f]+)", text):
+            todo.append(at[int(target[1], 16)])
+        ends = re.match(r"(BRA|EXIT|RET)\b(?!.*U?P\d)(?!\.DIV)", text)
+        todo += [] if ends else [i + 1]
+    return found
+
+
+def last_register(text: str) -> int:
+    sums = re.search(r"HGMMA\.64x(\d+)x16\S* R(\d+)", text)
+    named = [int(n) for n in re.findall(r"(?<![\w.])R(\d+)", text)]
+    return max([*named, int(sums[2]) + int(sums[1]) // 2 - 1 if sums else 0], default=0)
+
+
+def test_registers_that_were_handed_on_are_not_used(kernels: list[Kernel]) -> None:
+    """Behind each setmaxnreg, subroutines included."""
+    for kernel in kernels:
+        for i, (_, text) in enumerate(kernel.listing):
+            if "USETMAXREG" not in text:
+                continue
+            held = int(text.split()[-1], 16)
+            used = max(last_register(kernel.listing[n][1]) for n in reached(kernel, i))
+            assert used < held, f"{kernel.name}: R{used} behind {text}"
 
 
 def test_nothing_is_added_atomically(kernels: list[Kernel]) -> None:

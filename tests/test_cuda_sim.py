@@ -17,11 +17,15 @@ SEEDS = range(8)
 
 # What the simulator says of a fault, where it is not just a wrong number.
 MESSAGES = {
+    "fault_barrier_fence": "TMA load: no async fence since thread 0 stored",
     "fault_bounds": "global address out of bounds: 4 bytes, ending 4 bytes past the nearest tensor",
     "fault_deadlock": "deadlock in block 0: threads 0-0 wait at mbarrier",
     "fault_empty_barrier": "more arrivals than expected",
     "fault_hand_back": "is there again before the others",
     "fault_parity": "deadlock",
+    "fault_product_fence": "wgmma: no async fence since thread",
+    "fault_reduce_fence": "bulk reduce-add: no async fence since thread",
+    "fault_store_fence": "TMA store: no async fence since thread",
 }
 
 

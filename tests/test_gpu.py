@@ -65,6 +65,20 @@ def test_results_are_the_references(backend: str, mask: str, dim: int) -> None:
 
 
 @on_backends
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_more_items_than_multiprocessors(backend: str, mask: str, dim: int) -> None:
+    """Blocks that stay take a second item, with the rings as the first one left them."""
+    shape = (4, 16, 601, dim)
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    got = both(lambda *x: saccade.attention(*x, MASKS[mask], backend=backend), [q, k, v])
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = both(lambda *x: saccade.attention(*x, MASKS[mask], backend="reference"), wide)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2)
+
+
+@on_backends
 def test_results_repeat(backend: str) -> None:
     tensors = inputs(64)
     runs = [

@@ -12,14 +12,18 @@ struct BackwardShape90 {
   // Two warpgroups hold dK and dV of 64 keys each. At head_dim 256 that is more than the registers there are:
   // there both work on the same 64 keys, one for dV, the other for dK.
   static constexpr bool kSplit = kHeadDim > 128;
-  static constexpr int kBlockN = kSplit ? 64 : 128, kBlockM = 64;
+  static constexpr int kBlockN = kSplit ? 64 : 128, kBlockM = kHeadDim <= 64 ? 128 : 64;
   // Where only one tile of dO fits beside dQ, it is loaded while dK and dQ are formed.
   static constexpr int kQueryStages = 2, kDoutStages = kSplit && kWithQueries ? 1 : 2;
-  // The columns of dQ that a warpgroup forms, and those that pass through one slot of shared memory.
-  static constexpr int kShare = kHeadDim / 2, kPart = kSplit ? 32 : kShare, kSlots = kSplit ? 2 : 1;
+  // A warpgroup forms 64 rows of dQ: half of the rows or, of a tile of 64, half of the columns. (Never part
+  // of a panel of 64 columns: no manual says that wgmma can read one.)
+  static constexpr bool kShareRows = kBlockM == 128;
+  static constexpr int kShare = kShareRows ? kHeadDim : kHeadDim / 2;  // its columns
+  static_assert(kShare % 64 == 0, "whole panels");
+  static constexpr int kPart = kSplit ? 32 : kShare, kSlots = kSplit ? 2 : 1;  // columns that a slot holds
   static constexpr int kKeyBytes = kBlockN * kHeadDim * 2, kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kGradBytes = kWithQueries ? kBlockN * kBlockM * 2 : 0;
-  static constexpr int kPartBytes = kBlockM * kPart * 4, kSlotBytes = kSlots * kPartBytes;
+  static constexpr int kPartBytes = 64 * kPart * 4, kSlotBytes = kSlots * kPartBytes;
   static constexpr int kQueries = 2 * kKeyBytes, kDouts = kQueries + kQueryStages * kQueryBytes;
   static constexpr int kGrads = kDouts + kDoutStages * kQueryBytes, kSlotsAt = kGrads + kGradBytes;
   static constexpr int kRows = kSlotsAt + (kWithQueries ? kConsumers : kSplit ? 1 : 0) * kSlotBytes;
@@ -122,16 +126,26 @@ backward_round_sm90(SACCADE_PARAM Backward90Args args) {
   const int i0 = int(block_index() % args.all.blocks) * Shape::kBlockM;
   if (i0 >= x.seqlen_q) return;
   const int group = thread_index() / 128, thread = thread_index() % 128;
-  const float* from =
-      args.dq + (row_of(args.all, x) + i0) * Shape::kHeadDim + group * Shape::kBlockM * Shape::kShare;
+  const float* from = args.dq + (row_of(args.all, x) + i0) * Shape::kHeadDim + group * 64 * Shape::kShare;
   T* to = rows_at<T>(p.dq, x.b, x.h, x.q_begin);
-  for (int e = 0; e < Shape::kShare / 2; ++e) {
-    const int i = i0 + thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8;
-    const int d = group * Shape::kShare + e / 4 * 8 + thread % 4 * 2 + e % 2;
-    if (i < x.seqlen_q && d < p.head_dim)
-      store_global(
-          to + i * p.dq.row + d * p.dq.col,
-          from_float<T>(load_global(from + (e / 4 * 128 + thread) * 4 + e % 4) * args.all.terms.scale));
+  const float scale = args.all.terms.scale;
+  SACCADE_UNROLL_BY(8)
+  for (int t = 0; t < Shape::kShare / 8; ++t) {
+    const float4 four = load_global(reinterpret_cast<const float4*>(from) + t * 128 + thread);
+    const float sums[4] = {four.x * scale, four.y * scale, four.z * scale, four.w * scale};
+    const int d = (Shape::kShareRows ? 0 : group * Shape::kShare) + t * 8 + thread % 4 * 2;
+    SACCADE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int i = i0 + (Shape::kShareRows ? group * 64 : 0) + thread / 32 * 16 + thread % 32 / 4 + half * 8;
+      if (i >= x.seqlen_q) continue;
+      T* at = to + i * p.dq.row + d * p.dq.col;
+      if (args.all.aligned_dq && d + 2 <= p.head_dim) {
+        store_global(reinterpret_cast<uint32_t*>(at), pack<T>(sums[2 * half], sums[2 * half + 1]));
+        continue;
+      }
+      for (int c = 0; c < 2; ++c)
+        if (d + c < p.head_dim) store_global(at + c * p.dq.col, from_float<T>(sums[2 * half + c]));
+    }
   }
 }
 

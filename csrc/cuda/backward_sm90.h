@@ -17,13 +17,17 @@ struct BackwardConsumer90 {
   static constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   static constexpr bool kWithQueries = Shape::kWithQueries, kFormsValues = kRole != Role90::kKeys,
                         kFormsKeys = kRole != Role90::kValues;
-  using Tile = float[kBlockM / 2];
-  using Left = uint32_t[kBlockM / 16][4];
+  // A tile is worked on in strips of 64 queries.
+  static constexpr int kStrip = 64, kStrips = kBlockM / kStrip;
+  using Tile = float[kStrip / 2];
+  using Left = uint32_t[kStrip / 16][4];
   using Sums = float[kHeadDim / 2];
   const Backward90Args& args;
   const BackwardRing90<Shape>& ring;
   const KeyBlock90 block;
-  const int group = kRole == Role90::kBoth ? thread_index() / 128 - 1 : int(kRole == Role90::kKeys);
+  // By a shuffle, so that the compiler knows it to be uniform and keeps descriptors in uniform registers.
+  const int group =
+      kRole == Role90::kBoth ? shuffle(thread_index() / 128, 0) - 1 : int(kRole == Role90::kKeys);
   const int thread = thread_index() % 128, lane = thread_index() % 32;
   const int group_row = Shape::kSplit ? 0 : group * 64;      // the first of this warpgroup's keys
   const int row0 = group_row + thread / 32 * 16 + lane / 4;  // key of the block; the other is row0 + 8
@@ -45,24 +49,24 @@ struct BackwardConsumer90 {
     if (lane == 0) barrier_arrive(barrier);
   }
 
-  // x = rows of this warpgroup in tile `a` times the rows of tile `b`, transposed.
+  // x = rows of this warpgroup in tile `a` times a strip of tile `b`, transposed.
   SACCADE_DEVICE_MEMBER void issue_tile(Tile& x, uint32_t a, uint32_t b) {
     const uint64_t left = matrix_descriptor(a + uint32_t(group_row) * 128, 16),
                    right = matrix_descriptor(b, 16);
     wgmma_fence();
     SACCADE_UNROLL
     for (int d = 0; d < kHeadDim / 16; ++d)
-      wgmma_shared<T, kBlockM, false>(x, left + uint64_t(d / 4 * kBlockN * 128 + d % 4 * 32) / 16,
-                                      right + uint64_t(d / 4 * kBlockM * 128 + d % 4 * 32) / 16, d > 0);
+      wgmma_shared<T, kStrip, false>(x, left + uint64_t(d / 4 * kBlockN * 128 + d % 4 * 32) / 16,
+                                     right + uint64_t(d / 4 * kBlockM * 128 + d % 4 * 32) / 16, d > 0);
     wgmma_commit();
   }
-  // sums += left times the rows of tile `b`.
+  // sums += left times a strip of tile `b`.
   SACCADE_DEVICE_MEMBER void issue_sum(Sums& sums, const Left& left, uint32_t b) {
     const uint64_t right = matrix_descriptor(b, kBlockM * 128);
     wgmma_hold(sums);
     wgmma_fence();
     SACCADE_UNROLL
-    for (int i = 0; i < kBlockM / 16; ++i)
+    for (int i = 0; i < kStrip / 16; ++i)
       wgmma_registers<T, kHeadDim, true>(sums, left[i], right + uint64_t(i * 16 * 128) / 16, true);
     wgmma_commit();
   }
@@ -113,16 +117,16 @@ struct BackwardConsumer90 {
       }
     sync_warp();
   }
-  // Pairs that are masked, to -inf, of which the weight is 0.
-  SACCADE_DEVICE_MEMBER void hide_scores(const QueryTile& tile) {
+  // Pairs that are masked, to -inf, of which the weight is 0. `first`: the strip's first query of the tile.
+  SACCADE_DEVICE_MEMBER void hide_scores(const QueryTile& tile, int first) {
     SACCADE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int j = block.j0 + row0 + half * 8, i0 = tile.m * kBlockM + lane % 4 * 2;
+      const int j = block.j0 + row0 + half * 8, i0 = tile.m * kBlockM + first + lane % 4 * 2;
       const uint2 reach = load_shared<uint2>(ring.reach(row0 + half * 8));
       const int begin = most(j - tile.high + 1, int(reach.x)) - i0,
                 end = least(j - tile.low + 1, int(reach.y)) - i0;
       SACCADE_UNROLL
-      for (int t = 0; t < kBlockM / 8; ++t)
+      for (int t = 0; t < kStrip / 8; ++t)
         for (int c = 0; c < 2; ++c)
           if (t * 8 + c < begin || t * 8 + c >= end) s[4 * t + 2 * half + c] = -kInfinity;
     }
@@ -130,12 +134,12 @@ struct BackwardConsumer90 {
   // S becomes the weights P, rounded in `weights`. Under softcap s keeps P times the slope of the cap, what
   // dP is to be multiplied by.
   template <bool kMasked, bool kCapped>
-  SACCADE_DEVICE_MEMBER void weigh_as(const QueryTile& tile, uint32_t n) {
+  SACCADE_DEVICE_MEMBER void weigh_as(const QueryTile& tile, uint32_t n, int first) {
     const Terms& terms = args.all.terms;
-    if (kMasked) hide_scores(tile);
+    if (kMasked) hide_scores(tile, first);
     SACCADE_UNROLL
-    for (int t = 0; t < kBlockM / 8; ++t) {
-      const int column = t * 8 + lane % 4 * 2;
+    for (int t = 0; t < kStrip / 8; ++t) {
+      const int column = first + t * 8 + lane % 4 * 2;
       float high[2];
       for (int c = 0; c < 2; ++c) high[c] = load_shared<float>(ring.highs(n) + uint32_t(column + c) * 4);
       SACCADE_UNROLL
@@ -155,24 +159,24 @@ struct BackwardConsumer90 {
     }
   }
   template <bool kMasked>
-  SACCADE_DEVICE_MEMBER void weigh(const QueryTile& tile, uint32_t n) {
+  SACCADE_DEVICE_MEMBER void weigh(const QueryTile& tile, uint32_t n, int first = 0) {
     if (args.all.terms.softcap == 0)
-      weigh_as<kMasked, false>(tile, n);
+      weigh_as<kMasked, false>(tile, n, first);
     else
-      weigh_as<kMasked, true>(tile, n);
+      weigh_as<kMasked, true>(tile, n, first);
   }
   // dP to dS, rounded. A weight of 0 has no gradient, whatever stands in its key.
-  SACCADE_DEVICE_MEMBER void differentiate(uint32_t n) {
+  SACCADE_DEVICE_MEMBER void differentiate(uint32_t n, int first = 0) {
     SACCADE_UNROLL
-    for (int t = 0; t < kBlockM / 8; ++t) {
+    for (int t = 0; t < kStrip / 8; ++t) {
       float delta[2];
       for (int c = 0; c < 2; ++c)
-        delta[c] = load_shared<float>(ring.deltas(n) + uint32_t(t * 8 + lane % 4 * 2 + c) * 4);
+        delta[c] = load_shared<float>(ring.deltas(n) + uint32_t(first + t * 8 + lane % 4 * 2 + c) * 4);
       SACCADE_UNROLL
       for (int e = 4 * t; e < 4 * t + 4; ++e) dp[e] = s[e] == 0 ? 0.0f : s[e] * (dp[e] - delta[e % 2]);
     }
     SACCADE_UNROLL
-    for (int j = 0; j < kBlockM / 16; ++j)
+    for (int j = 0; j < kStrip / 16; ++j)
       for (int i = 0; i < 4; ++i) grads[j][i] = pack<T>(dp[8 * j + 2 * i], dp[8 * j + 2 * i + 1]);
   }
 
@@ -183,21 +187,23 @@ struct BackwardConsumer90 {
     const uint32_t first = panel + uint32_t(row0) * 128 + uint32_t(lane / 4) * 16 + uint32_t(lane % 4) * 4;
     return (first ^ uint32_t(t) * 16) + uint32_t(half) * 8 * 128;
   }
-  // dS to shared memory, for dQ.
-  SACCADE_DEVICE_MEMBER void store_grads() {
+  // dS to shared memory, for dQ; a strip is a panel.
+  SACCADE_DEVICE_MEMBER void store_grads(int strip = 0) {
     SACCADE_UNROLL
-    for (int t = 0; t < kBlockM / 8; ++t)
+    for (int t = 0; t < kStrip / 8; ++t)
       for (int half = 0; half < 2; ++half)
-        store_shared(entry(ring.grads(), t, half), grads[t / 2][t % 2 * 2 + half]);
+        store_shared(entry(ring.grads() + uint32_t(strip * kBlockN) * 128, t, half),
+                     grads[t / 2][t % 2 * 2 + half]);
     async_fence();
   }
   // This warpgroup's share of dQ = dS K, once dS is there.
   SACCADE_DEVICE_MEMBER void issue_queries() {
     consumers_sync();
-    const int column = group * Shape::kShare;
-    const uint64_t left = matrix_descriptor(ring.grads(), 16);
-    const uint64_t right = matrix_descriptor(
-        ring.keys() + uint32_t(column / 64 * kBlockN) * 128 + uint32_t(column % 64) * 2, kBlockN * 128);
+    // Panels of 64 queries, or of 64 columns.
+    const int query_panel = Shape::kShareRows ? group : 0,
+              panel = Shape::kShareRows ? 0 : group * Shape::kShare / 64;
+    const uint64_t left = matrix_descriptor(ring.grads() + uint32_t(query_panel * kBlockN) * 128, 16);
+    const uint64_t right = matrix_descriptor(ring.keys() + uint32_t(panel * kBlockN) * 128, kBlockN * 128);
     wgmma_fence();
     SACCADE_UNROLL
     for (int j = 0; j < kBlockN / 16; ++j)
@@ -210,8 +216,8 @@ struct BackwardConsumer90 {
     wgmma_hold(dq);
     Head x = at.head;
     x.h = tile.h;
-    float* to = args.dq + (row_of(args.all, x) + int64_t(tile.m) * kBlockM) * kHeadDim +
-                group * kBlockM * Shape::kShare;
+    float* to =
+        args.dq + (row_of(args.all, x) + int64_t(tile.m) * kBlockM) * kHeadDim + group * 64 * Shape::kShare;
     SACCADE_UNROLL
     for (int part = 0; part < Shape::kShare / Shape::kPart; ++part) {
       const uint32_t slot = ring.slot(group, part % Shape::kSlots);
@@ -225,7 +231,7 @@ struct BackwardConsumer90 {
       async_fence();
       group_sync();
       if (thread == 0) {
-        bulk_reduce_add(to + part * kBlockM * Shape::kPart, slot, Shape::kPartBytes);
+        bulk_reduce_add(to + part * 64 * Shape::kPart, slot, Shape::kPartBytes);
         bulk_commit();
       }
     }
@@ -233,7 +239,6 @@ struct BackwardConsumer90 {
 
   // The end of a step: dQ on its way, then the sums that this warpgroup forms.
   SACCADE_DEVICE_MEMBER void finish(const QueryTile& tile, uint32_t n) {
-    if constexpr (kWithQueries && kFormsKeys) store_grads();
     if constexpr (kWithQueries) issue_queries();
     wgmma_wait<kWithQueries ? 1 : 0>();
     if constexpr (kFormsValues) {
@@ -250,22 +255,29 @@ struct BackwardConsumer90 {
   // Up to head_dim 128: dV and dK of 64 keys in each warpgroup.
   template <bool kMasked>
   SACCADE_DEVICE_MEMBER void step_both(const QueryTile& tile, uint32_t n) {
-    ring.wait_queries(n);
-    issue_tile(s, ring.keys(), ring.queries(n));
-    ring.wait_douts(n);
-    issue_tile(dp, ring.values(), ring.douts(n));
-    wgmma_wait<1>();
-    wgmma_hold(s);
-    weigh<kMasked>(tile, n);
-    wgmma_wait<0>();
-    wgmma_hold(dp);
-    zero_beyond(ring.queries(n), tile);
-    zero_beyond(ring.douts(n), tile);
-    issue_sum(dv, weights, ring.douts(n));
-    differentiate(n);
-    issue_sum(dk, grads, ring.queries(n));
+    SACCADE_UNROLL
+    for (int strip = 0; strip < kStrips; ++strip) {
+      const int first = strip * kStrip;
+      const uint32_t queries = ring.queries(n) + uint32_t(first) * 128,
+                     douts = ring.douts(n) + uint32_t(first) * 128;
+      if (strip == 0) ring.wait_queries(n);
+      issue_tile(s, ring.keys(), queries);
+      if (strip == 0) ring.wait_douts(n);
+      issue_tile(dp, ring.values(), douts);
+      wgmma_wait<1>();
+      wgmma_hold(s);
+      weigh<kMasked>(tile, n, first);
+      wgmma_wait<0>();
+      wgmma_hold(dp);
+      if (strip == 0) zero_beyond(ring.queries(n), tile);
+      if (strip == 0) zero_beyond(ring.douts(n), tile);
+      issue_sum(dv, weights, douts);
+      differentiate(n, first);
+      issue_sum(dk, grads, queries);
+      if (kWithQueries && strip == 0) consumers_sync();  // both have read the last tile's dS
+      if constexpr (kWithQueries) store_grads(strip);
+    }
     finish(tile, n);
-    if (kWithQueries) consumers_sync();  // both have read dS
   }
 
   // At head_dim 256 the first warpgroup forms S and dV, the second dP and dK. Weights go over in fp32, each
@@ -279,14 +291,14 @@ struct BackwardConsumer90 {
     if (kWithQueries && thread == 0) bulk_wait_read<0>();
     if (kWithQueries) group_sync();
     SACCADE_UNROLL
-    for (int t = 0; t < kBlockM / 8; ++t)
+    for (int t = 0; t < kStrip / 8; ++t)
       store_shared(place(t), float4{s[4 * t], s[4 * t + 1], s[4 * t + 2], s[4 * t + 3]});
     named_barrier_arrive(4, 256);
   }
   SACCADE_DEVICE_MEMBER void receive_weights() {
     named_barrier_sync(4, 256);
     SACCADE_UNROLL
-    for (int t = 0; t < kBlockM / 8; ++t) {
+    for (int t = 0; t < kStrip / 8; ++t) {
       const float4 four = load_shared<float4>(place(t));
       s[4 * t] = four.x, s[4 * t + 1] = four.y, s[4 * t + 2] = four.z, s[4 * t + 3] = four.w;
     }
@@ -317,6 +329,7 @@ struct BackwardConsumer90 {
     ring.wait_queries(n);
     zero_beyond(ring.queries(n), tile);
     issue_sum(dk, grads, ring.queries(n));
+    if constexpr (kWithQueries) store_grads();
     finish(tile, n);
   }
 

@@ -8,10 +8,11 @@ static bool takes_sm90(const saccade::Params& p, int device) {
 #endif
 
 extern "C" const char* saccade_cuda_forward(const saccade::Params* p, const int64_t* seed, int64_t total_q,
-                                            int64_t total_k, int device, void* stream) {
-  (void)total_q, (void)total_k;
+                                            int64_t total_k, void* counter, int device, void* stream) {
+  (void)total_q, (void)total_k, (void)counter;
 #if SACCADE_HAS_SM90
-  if (takes_sm90(*p, device)) return saccade_cuda_forward_sm90(p, seed, total_q, total_k, device, stream);
+  if (takes_sm90(*p, device))
+    return saccade_cuda_forward_sm90_counted(p, seed, total_q, total_k, counter, device, stream);
 #endif
   return saccade_cuda_forward_sm80(p, seed, device, stream);
 }

@@ -15,13 +15,14 @@ struct ForwardShape90 {
   static constexpr int kConsumers = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kBlockM = 64 * kConsumers, kBlockN = kHeadDim <= 128 ? 128 : 64, kStages = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1), kPanels = kHeadDim / 64;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32,
-                       kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32,
+                       kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr bool kTakeTurns = kHeadDim <= 128;
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2, kTileBytes = kBlockN * kHeadDim * 2;
   static constexpr int kKeys = kQueryBytes, kValues = kKeys + kStages * kTileBytes;
   static constexpr int kBarriers = kValues + kStages * kTileBytes;
-  static constexpr int kSharedBytes = kBarriers + 8 * (2 + 4 * kStages) + 1024;  // the last for alignment
+  static constexpr int kItem = kBarriers + 8 * (4 + 4 * kStages);
+  static constexpr int kSharedBytes = kItem + 8 + 1024;  // the last for alignment
   static_assert(kSharedBytes <= 227 << 10, "the shared memory of sm_90");
   static_assert(128 * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536, "the register file");
 };
@@ -29,7 +30,8 @@ struct ForwardShape90 {
 struct Forward90Args {
   TensorMap q, k, v, out;
   TiledArgs tiled;
-  int64_t items;
+  int items;
+  int* counter;       // of the items taken beyond each block's first; null: blocks take them in turns
   int section;        // heads whose keys and values share the L2 cache
   bool store_by_tma;  // else rows are stored one by one: in packed tensors the next sequence follows
 };
@@ -45,14 +47,14 @@ struct Item90 {
 
 // Within a section the last blocks, the longest of a causal mask, come first.
 template <typename Shape>
-SACCADE_DEVICE Item90 item_of(const Forward90Args& args, int64_t index) {
+SACCADE_DEVICE Item90 item_of(const Forward90Args& args, int index) {
   const Params& p = args.tiled.p;
-  const int64_t all = p.batch * p.heads, whole = int64_t(args.section) * args.tiled.blocks;
-  const int64_t first = index / whole * args.section, within = index % whole;
-  const int64_t heads = least64(args.section, all - first), head = first + within % heads;
+  const int all = int(p.batch * p.heads), whole = args.section * args.tiled.blocks;
+  const int first = index / whole * args.section, within = index % whole;
+  const int heads = least(args.section, all - first), head = first + within % heads;
   Item90 item;
-  item.head = head_of(p, int(head / p.heads), int(head % p.heads));
-  item.i0 = (args.tiled.blocks - 1 - int(within / heads)) * Shape::kBlockM;
+  item.head = head_of(p, head / int(p.heads), head % int(p.heads));
+  item.i0 = (args.tiled.blocks - 1 - within / heads) * Shape::kBlockM;
   item.empty = item.i0 >= item.head.seqlen_q;
   item.band = band_of(p.mask, args.tiled.terms, item.head);
   item.range =
@@ -74,13 +76,16 @@ struct Ring90 {
   SACCADE_DEVICE_MEMBER uint32_t barrier(int i) const { return base + Shape::kBarriers + uint32_t(i) * 8; }
   SACCADE_DEVICE_MEMBER uint32_t queries_full() const { return barrier(0); }
   SACCADE_DEVICE_MEMBER uint32_t queries_empty() const { return barrier(1); }
-  SACCADE_DEVICE_MEMBER uint32_t keys_full(int stage) const { return barrier(2 + stage); }
-  SACCADE_DEVICE_MEMBER uint32_t keys_empty(int stage) const { return barrier(2 + Shape::kStages + stage); }
+  SACCADE_DEVICE_MEMBER uint32_t item_full() const { return barrier(2); }
+  SACCADE_DEVICE_MEMBER uint32_t item_empty() const { return barrier(3); }
+  SACCADE_DEVICE_MEMBER uint32_t item() const { return base + Shape::kItem; }
+  SACCADE_DEVICE_MEMBER uint32_t keys_full(int stage) const { return barrier(4 + stage); }
+  SACCADE_DEVICE_MEMBER uint32_t keys_empty(int stage) const { return barrier(4 + Shape::kStages + stage); }
   SACCADE_DEVICE_MEMBER uint32_t values_full(int stage) const {
-    return barrier(2 + 2 * Shape::kStages + stage);
+    return barrier(4 + 2 * Shape::kStages + stage);
   }
   SACCADE_DEVICE_MEMBER uint32_t values_empty(int stage) const {
-    return barrier(2 + 3 * Shape::kStages + stage);
+    return barrier(4 + 3 * Shape::kStages + stage);
   }
 };
 
@@ -100,28 +105,42 @@ struct Place {
 template <typename Shape>
 SACCADE_DEVICE void produce(const Forward90Args& args, const Ring90<Shape>& ring) {
   Place<Shape::kStages> at;
-  Place<1> q_at;
+  Place<1> q_at, item_at;
   const auto load = [&](const TensorMap& map, uint32_t tile, uint32_t full, int rows, int row, int head,
                         int b) {
     barrier_expect(full, rows * Shape::kHeadDim * 2);
     for (int panel = 0; panel < Shape::kPanels; ++panel)
       tma_load(tile + uint32_t(panel * rows) * 128, &map, full, panel * 64, row, head, b);
   };
-  for (int64_t index = block_index(); index < args.items; index += block_count()) {
+  for (int index = int(block_index()), next;; index = next) {
+    barrier_wait(ring.item_empty(), item_at.parity ^ 1);
+    store_shared(ring.item(), index);
+    barrier_arrive(ring.item_full());
+    item_at.advance();
+    if (index >= args.items) return;
+    // Asked for now, since the answer takes its time.
+    next = int(block_count()) + (args.counter ? fetch_add(args.counter, 1) : index);
     const Item90 item = item_of<Shape>(args, index);
     if (item.empty) continue;
     const Head& x = item.head;
     const int b = args.tiled.p.cu_seqlens_q ? 0 : x.b;
-    barrier_wait(ring.queries_empty(), q_at.parity ^ 1);
-    load(args.q, ring.queries(), ring.queries_full(), Shape::kBlockM, int(x.q_begin) + item.i0, x.h, b);
-    q_at.advance();
-    for (int n = item.range.last - 1; n >= item.range.first; --n) {
-      const int row = int(x.k_begin) + n * Shape::kBlockN;
-      barrier_wait(ring.keys_empty(at.stage), at.parity ^ 1);
-      load(args.k, ring.keys(at.stage), ring.keys_full(at.stage), Shape::kBlockN, row, x.hk, b);
-      barrier_wait(ring.values_empty(at.stage), at.parity ^ 1);
-      load(args.v, ring.values(at.stage), ring.values_full(at.stage), Shape::kBlockN, row, x.hk, b);
-      at.advance();
+    // The first keys come before the queries, where the last item's output may still lie.
+    bool queries_come = false;
+    SACCADE_ROLLED
+    for (int n = item.range.last - 1; n >= item.range.first || !queries_come; --n) {
+      if (n >= item.range.first) {
+        const int row = int(x.k_begin) + n * Shape::kBlockN;
+        barrier_wait(ring.keys_empty(at.stage), at.parity ^ 1);
+        load(args.k, ring.keys(at.stage), ring.keys_full(at.stage), Shape::kBlockN, row, x.hk, b);
+        barrier_wait(ring.values_empty(at.stage), at.parity ^ 1);
+        load(args.v, ring.values(at.stage), ring.values_full(at.stage), Shape::kBlockN, row, x.hk, b);
+        at.advance();
+      }
+      if (queries_come) continue;
+      barrier_wait(ring.queries_empty(), q_at.parity ^ 1);
+      load(args.q, ring.queries(), ring.queries_full(), Shape::kBlockM, int(x.q_begin) + item.i0, x.h, b);
+      q_at.advance();
+      queries_come = true;
     }
   }
 }
@@ -132,10 +151,12 @@ struct Consumer90 {
   static constexpr int kHeadDim = Shape::kHeadDim, kBlockN = Shape::kBlockN;
   const Forward90Args& args;
   const Ring90<Shape>& ring;
-  const int group = thread_index() / 128 - 1, thread = thread_index() % 128, lane = thread_index() % 32;
+  // By a shuffle, so that the compiler knows it to be uniform and keeps descriptors in uniform registers.
+  const int group = shuffle(thread_index() / 128, 0) - 1;
+  const int thread = thread_index() % 128, lane = thread_index() % 32;
   const int row0 = group * 64 + thread / 32 * 16 + lane / 4;  // of the block; the other row is row0 + 8
   Place<Shape::kStages> keys_at, values_at;
-  Place<1> q_at;
+  Place<1> q_at, item_at;
   RunningSoftmax softmax;
   float s[kBlockN / 2], out[kHeadDim / 2];
   uint32_t weights[kBlockN / 16][4];
@@ -146,6 +167,14 @@ struct Consumer90 {
   // Warps leave a wait one by one, so each gives a tile back for itself.
   SACCADE_DEVICE_MEMBER void release(uint32_t barrier) {
     if (lane == 0) barrier_arrive(barrier);
+  }
+  SACCADE_DEVICE_MEMBER int next_item() {
+    barrier_wait(ring.item_full(), item_at.parity);
+    item_at.advance();
+    const int index = load_shared<int>(ring.item());
+    sync_warp();
+    release(ring.item_empty());
+    return index;
   }
   SACCADE_DEVICE_MEMBER void group_sync() { named_barrier_sync(1 + Shape::kConsumers + group, 128); }
 
@@ -227,6 +256,7 @@ struct Consumer90 {
     keys_at.advance();
     float rescale[2];
     weigh<kMasked>(item, n, rescale);
+    settle(ring.base, fminf(softmax.sum[0], softmax.sum[1]));  // the exponentials, while the products run
     wgmma_wait<0>();
     wgmma_hold(out);
     release(ring.values_empty(values_at.stage));
@@ -349,6 +379,8 @@ forward_sm90(SACCADE_PARAM Forward90Args args) {
     if (args.store_by_tma) prefetch_map(&args.out);
     barrier_init(ring.queries_full(), 1);
     barrier_init(ring.queries_empty(), Shape::kConsumers);
+    barrier_init(ring.item_full(), 1);
+    barrier_init(ring.item_empty(), Shape::kConsumers * 4);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       barrier_init(ring.keys_full(stage), 1);
       barrier_init(ring.keys_empty(stage), Shape::kConsumers * 4);
@@ -367,7 +399,7 @@ forward_sm90(SACCADE_PARAM Forward90Args args) {
   Consumer90<T, Shape> consumer(args, ring);
   if (Shape::kTakeTurns && consumer.group == Shape::kConsumers - 1)
     named_barrier_arrive(1, 256);  // the first turn
-  for (int64_t index = block_index(); index < args.items; index += block_count()) {
+  for (int index = consumer.next_item(); index < args.items; index = consumer.next_item()) {
     const Item90 item = item_of<Shape>(args, index);
     if (!item.empty) consumer.run(item);
   }

@@ -54,7 +54,7 @@ template <typename T>
 std::string encode_rows(TensorMap& map, const Rows& x, int64_t dim, int64_t rows, int64_t heads,
                         int64_t batch, int box) {
   return encode_map<T>(map, x.data, {dim, rows, heads, batch},
-                       {1, x.row, heads == 1 ? 8 : x.head, batch == 1 ? 8 : x.batch}, box);
+                       {1, rows == 1 ? 8 : x.row, heads == 1 ? 8 : x.head, batch == 1 ? 8 : x.batch}, box);
 }
 
 }  // namespace saccade

@@ -20,6 +20,10 @@ const char* saccade_cuda_forward_sm80(const saccade::Params* p, const int64_t* s
 // Hopper's. total_q and total_k: rows of packed q and of packed k and v; not read where nothing is packed.
 const char* saccade_cuda_forward_sm90(const saccade::Params* p, const int64_t* seed, int64_t total_q,
                                       int64_t total_k, int device, void* stream);
+// The same; blocks whose work differs in length take more of it as they come free. `counter`: four bytes on
+// the device, free again when the stream has passed.
+const char* saccade_cuda_forward_sm90_counted(const saccade::Params* p, const int64_t* seed, int64_t total_q,
+                                              int64_t total_k, void* counter, int device, void* stream);
 
 // lse is contiguous, of lse_count elements; dlse lies as it does. `workspace`: so many bytes on the device,
 // 16-byte aligned, free again when the stream has passed. Every element of every gradient wanted is written.
@@ -51,7 +55,7 @@ const char* saccade_cuda_gather_backward(const saccade::GatherParams* p, const i
 // Those of the device: Hopper's where it is one, they were compiled (SACCADE_HAS_SM90) and they serve the
 // call, else those of sm_80.
 const char* saccade_cuda_forward(const saccade::Params* p, const int64_t* seed, int64_t total_q,
-                                 int64_t total_k, int device, void* stream);
+                                 int64_t total_k, void* counter, int device, void* stream);
 const char* saccade_cuda_backward(const saccade::GradParams* p, const int64_t* seed, void* workspace,
                                   int64_t lse_count, int64_t total_k, int deterministic, int device,
                                   void* stream);

@@ -59,6 +59,8 @@ SACCADE_DEVICE void store_global(T* p, T x) {
   *p = x;
 }
 
+SACCADE_DEVICE int fetch_add(int* p, int x) { return atomicAdd(p, x); }
+
 // ---- arithmetic ----
 
 SACCADE_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
@@ -107,7 +109,11 @@ SACCADE_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-SACCADE_DEVICE float reciprocal_approx(float x) { return __frcp_rn(x); }
+SACCADE_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // ---- threads ----
 

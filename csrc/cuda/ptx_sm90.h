@@ -98,6 +98,17 @@ SACCADE_DEVICE void wgmma_hold(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// What x depends on is computed before any wait behind this line: ptxas would move the wait ahead of
+// arithmetic that needs no product, and the two would not overlap. Of x >= 0 nothing is stored; `at`: any
+// shared word.
+SACCADE_DEVICE void settle(uint32_t at, float x) {
+  asm volatile(
+      "{\n.reg .pred never;\nsetp.lt.f32 never, %1, 0f00000000;\n"
+      "@never st.shared.f32 [%0], %1;\n}" ::"r"(at),
+      "f"(x)
+      : "memory");
+}
+
 template <typename T>
 constexpr bool is_bf16 = false;
 template <>

@@ -1,6 +1,6 @@
 // The device layer on the host, under any C++17 compiler: what ptx.h is under nvcc. It proves logic,
-// masking, indexing and synchronisation as we understand the hardware; not the truth of descriptors, fences
-// between proxies, the memory model or speed (docs/cuda.md).
+// masking, indexing and synchronisation as we understand the hardware; not the truth of descriptors,
+// the memory model or speed (docs/cuda.md).
 #pragma once
 #include <string>
 #include <utility>

@@ -64,6 +64,7 @@ struct Fiber {
   bool done = false;
   const char* waits_for = "";  // for the report of a deadlock
   uint32_t where = 0, detail = 0;
+  uint32_t fences = 0;  // between the generic and the async proxy
   Groups<AsyncCopy> copies;
   Groups<Bulk> bulk;
 };
@@ -101,6 +102,7 @@ struct Range {
 
 struct Block {
   alignas(1024) unsigned char shared[kSharedBytes];
+  uint32_t written[kSharedBytes / 4];  // of each word the thread that stored it, and its fences until then
   uint32_t shared_bytes = 0;
   int64_t index = 0, blocks = 0;
   int threads = 0;
@@ -133,6 +135,19 @@ inline void* shared_at(uint32_t address, uint32_t bytes, uint32_t align) {
          block.shared_bytes);
   if (address % align) fail("shared address %u is not aligned to %u bytes", address - kSharedBase, align);
   return block.shared + (address - kSharedBase);
+}
+
+// What threads store reaches the copy engine and wgmma only behind a fence of the thread that stored it.
+inline void note_store(uint32_t address, uint32_t bytes) {
+  for (uint32_t word = (address - kSharedBase) / 4; word * 4 < address - kSharedBase + bytes; ++word)
+    block.written[word] = 1 + uint32_t(block.current->thread) + kMaxThreads * block.current->fences;
+}
+inline void check_fenced(uint32_t address, uint32_t bytes, const char* what) {
+  for (uint32_t word = (address - kSharedBase) / 4; word * 4 < address - kSharedBase + bytes; ++word) {
+    const uint32_t mark = block.written[word], thread = (mark - 1) % kMaxThreads;
+    if (mark && (mark - 1) / kMaxThreads == block.fibers[thread].fences)
+      fail("%s: no async fence since thread %d stored to shared address %u", what, int(thread), word * 4);
+  }
 }
 
 inline void check_global(const void* p, int64_t bytes, int64_t align, const char* what) {

@@ -18,8 +18,10 @@ inline Mbarrier& mbarrier(uint32_t address) {
 static inline void barrier_init(uint32_t address, int arrivals) {
   sim::shared_at(address, 8, 8);
   sim::block.mbarriers[address] = {arrivals, arrivals, 0, 0};
+  sim::note_store(address, 8);
 }
-static inline void barrier_init_fence() {}
+static inline void async_fence() { ++sim::block.current->fences; }
+static inline void barrier_init_fence() { async_fence(); }
 static inline void barrier_expect(uint32_t address, int bytes) {
   sim::Mbarrier& m = sim::mbarrier(address);
   m.bytes += bytes;
@@ -63,6 +65,13 @@ void each_element(const TensorMap& map, uint32_t tile, const int (&at)[4], const
            c < columns ? line + (at[0] + c) * 2 : nullptr);
   }
 }
+// A load that is about to be issued; what it brings overwrites what threads have stored.
+inline void check_load(uint32_t to, uint32_t bytes, uint32_t barrier, const char* what) {
+  mbarrier(barrier);
+  check_fenced(barrier, 8, what);
+  check_fenced(to, bytes, what);
+  memset(block.written + (to - kSharedBase) / 4, 0, bytes);
+}
 inline void issue_bulk(std::function<void()> run) {
   auto& open = block.current->bulk.open;
   open.push_back({std::move(run), false});
@@ -74,7 +83,7 @@ static inline void prefetch_map(const TensorMap*) {}
 static inline void tma_load(uint32_t tile, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2,
                             int c3) {
   sim::check_box(tile, *map);
-  sim::mbarrier(barrier);
+  sim::check_load(tile, uint32_t(map->rows) * 128, barrier, "TMA load");
   const TensorMap m = *map;
   const auto run = [=] {
     const int at[4] = {c0, c1, c2, c3};
@@ -90,12 +99,13 @@ static inline void bulk_load(uint32_t to, const float* from, uint32_t barrier, i
   sim::check_global(from, bytes, 16, "bulk load");
   void* at = sim::shared_at(to, uint32_t(bytes), 16);
   if (bytes % 16) sim::fail("bulk load: %d bytes are not a multiple of 16", bytes);
-  sim::mbarrier(barrier);
+  sim::check_load(to, uint32_t(bytes), barrier, "bulk load");
   sim::block.loads.push_back({[=] { memcpy(at, from, size_t(bytes)); }, barrier, bytes});
   if (sim::random_below(4) == 0) sim::land_load(sim::block.loads.size() - 1);
 }
 static inline void tma_store(const TensorMap* map, uint32_t tile, int c0, int c1, int c2, int c3) {
   sim::check_box(tile, *map);
+  sim::check_fenced(tile, uint32_t(map->rows) * 128, "TMA store");
   const TensorMap m = *map;
   sim::issue_bulk([=] {
     const int at[4] = {c0, c1, c2, c3};
@@ -108,6 +118,7 @@ static inline void bulk_reduce_add(float* to, uint32_t from, int bytes) {
   sim::check_global(to, bytes, 16, "bulk reduce-add");
   sim::shared_at(from, uint32_t(bytes), 16);
   if (bytes % 16) sim::fail("bulk reduce-add: %d bytes are not a multiple of 16", bytes);
+  sim::check_fenced(from, uint32_t(bytes), "bulk reduce-add");
   sim::issue_bulk([=] {
     for (int i = 0; i < bytes / 4; ++i) to[i] += load_shared<float>(from + uint32_t(i) * 4);
   });
@@ -122,7 +133,6 @@ template <int kLeft>
 void bulk_wait() {
   sim::wait_groups<kLeft>(sim::block.current->bulk);
 }
-static inline void async_fence() {}
 
 // ---- wgmma: 64 x N x 16 by a warpgroup; the accumulators hold NaN from issue to wait
 
@@ -138,6 +148,7 @@ float element(uint64_t d, bool transposed, int n, int k) {
                                  : start + uint32_t(n / 8) * stride + uint32_t(n % 8) * 128 + uint32_t(k) * 2;
   T x;
   memcpy(&x, shared_at(swizzled(at), 2, 2), 2);
+  check_fenced(swizzled(at), 2, "wgmma");
   return to_float(x);
 }
 
@@ -218,6 +229,7 @@ void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
 static inline void wgmma_fence() {}
 template <int N>
 void wgmma_hold(float (&)[N]) {}
+static inline void settle(uint32_t, float) {}
 static inline void wgmma_commit() {
   sim::group_collective(nullptr, "wgmma_commit",
                         [](void**) { sim::block.products[thread_index() / 128].commit(); });

@@ -32,6 +32,7 @@ inline void reset_block(int64_t index) {
   for (Barrier& x : b.named) x = Barrier();
   for (Barrier& x : b.warp) x = Barrier();
   for (Barrier& x : b.group) x = Barrier();
+  memset(b.written, 0, sizeof(b.written));
   b.mbarriers.clear();
   b.loads.clear();
   for (auto& x : b.products) x = {};
@@ -43,6 +44,7 @@ inline void reset_block(int64_t index) {
     f.thread = i;
     f.done = false;
     f.waits_for = "";
+    f.fences = 0;
     f.copies = {};
     f.bulk = {};
     f.context.start(f.stack, &thread_entry);

@@ -21,6 +21,7 @@ T load_shared(uint32_t address) {
 template <typename T>
 void store_shared(uint32_t address, T x) {
   memcpy(sim::shared_at(address, sizeof(T), alignof(T)), &x, sizeof(T));
+  sim::note_store(address, sizeof(T));
 }
 template <typename T>
 T load_global(const T* p) {
@@ -31,6 +32,11 @@ template <typename T>
 void store_global(T* p, T x) {
   sim::check_global(p, sizeof(T), alignof(T), "store");
   *p = x;
+}
+
+static inline int fetch_add(int* p, int x) {
+  sim::check_global(p, sizeof(int), alignof(int), "fetch_add");
+  return (*p += x) - x;
 }
 
 // ---- arithmetic ----

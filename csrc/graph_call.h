@@ -43,7 +43,7 @@ struct GraphCall : Call {
                 0,
                 edge_x->stride(0),
                 edge_x->stride(1)};
-    p.edge_dim = edge_x->size(1);
+    (p.score == Score::kDot ? p.edge_dim : p.joint_dim) = edge_x->size(1);
   }
 };
 
@@ -134,7 +134,7 @@ struct GraphBackward : GraphCall {
     sized(kNeedWeight, {p.heads, p.head_dim}, p.dweight);
     sized(kNeedEdgeBias, {edge_bias ? edge_bias->size(0) : 0, num_edges}, p.dedge_bias);
     like(kNeedEdgeQ, edge_q ? *edge_q : q, p.dedge_q);
-    sized(kNeedEdgeX, {num_edges, p.edge_dim}, p.dedge_x);
+    sized(kNeedEdgeX, {num_edges, edge_x ? edge_x->size(1) : 0}, p.dedge_x);
   }
   void give_gradients(StableIValue* stack) const {
     for (size_t i = 0; i < gradients.size(); ++i) give(stack, int(i), gradients[i]);

@@ -113,7 +113,8 @@ struct GatherParams : GradParams {
   const void* edge_bias = nullptr;    // [H or 1, num_edges] accumulator dtype
   int64_t edge_bias_head = 0;         // 0 or num_edges
   Rows edge_q, edge_x, out_edge;      // [B, H, Sq, De], [num_edges, De] (row stride only), [B, H, Sq, De]
-  int64_t edge_dim = 0;               // De; 0 without edge features
+  int64_t edge_dim = 0;               // De; 0 without edge features, or where they join an additive score
+  int64_t joint_dim = 0;              // De where they do: edge_q is then W [1, H, D, De]
   Rows dout_edge, dedge_q;
   void* dedge_bias = nullptr;  // as edge_bias
   void* dedge_x = nullptr;     // [num_edges, De] accumulator dtype

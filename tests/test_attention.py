@@ -225,3 +225,27 @@ def test_edges_with_terms_and_repeats(case: dict[str, Any], backend: str) -> Non
         e, w = torch.randn(count, 3), torch.randn(shape.heads, shape.head_dim, 3) / 2
         options["edge_attr"] = tuple(x.to(case["dtype"]).requires_grad_() for x in (e, w))
     check_attention(make_inputs(shape, case["dtype"], case["order"]), mask, backend, **options)
+
+
+def test_meta_tensors_have_shapes_and_gradients() -> None:
+    q = torch.empty(2, 4, 5, 8, device="meta", requires_grad=True)
+    k = torch.empty(2, 2, 7, 8, device="meta")
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    out, lse = saccade.attention(
+        q, k, k, saccade.KeyPadding(lengths), causal=True, dropout_p=0.5, return_lse=True
+    )
+    out.sum().backward()
+    assert out.shape == (2, 4, 5, 8) and lse.shape == (2, 4, 5) and out.is_meta
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
+def test_numbers_that_are_not_pythons() -> None:
+    """torch's function takes a tensor of one number for a float; numpy's floats are floats."""
+    import numpy
+
+    x = torch.randn(1, 2, 5, 8)
+    want = saccade.scaled_dot_product_attention(x, x, x, scale=0.5)
+    assert torch.equal(saccade.scaled_dot_product_attention(x, x, x, scale=torch.tensor(0.5)), want)
+    assert torch.equal(saccade.attention(x, x, x, scale=numpy.float32(0.5)), want)
+    with pytest.raises(TypeError, match="scale: expected a float"):
+        saccade.scaled_dot_product_attention(x, x, x, scale=torch.tensor(0.5, requires_grad=True))

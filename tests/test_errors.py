@@ -159,6 +159,29 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     # merge
     (ValueError, "merge: expected as many outs as lses", lambda: saccade.merge([Q], [])),
     (ValueError, "merge: expected lse", lambda: saccade.merge([Q], [Q])),
+    (TypeError, "merge: expected tensors, got int and int", lambda: saccade.merge([1], [2])),
+    # what torch or Python would refuse further down, in other words
+    (TypeError, "q: expected a dense tensor, got torch.sparse_coo", attend(q=Q.to_sparse())),
+    (TypeError, "q: expected a dense tensor, got a nested one",
+     attend(*(torch.nested.nested_tensor(list(x), layout=torch.jagged) for x in (Q, K, V)))),
+    (TypeError, "causal: expected a bool, got Tensor", attend(causal=torch.ones(5, 7).bool())),
+    (TypeError, "causal: expected a bool, got str", attend(causal="no")),
+    (ValueError, "softcap: expected a positive number", attend(softcap=float("inf"))),
+    (TypeError, "lengths: expected a tensor or numbers, got str", lambda: KeyPadding("abc")),
+    (ValueError, "mask: expected graphs of one size",
+     lambda: GRAPH & Graph.from_dense(torch.ones(7, 5).bool())),
+    (TypeError, "attention_varlen() got an unexpected keyword argument 'foo'", packed(foo=1)),
+    (TypeError, "attention_decode() got an unexpected keyword argument 'layout'", decode(layout=1)),
+    (TypeError, "explain() got an unexpected keyword argument 'foo'",
+     lambda: saccade.explain(Q, K, V, foo=1)),
+    (ValueError, "Sq: expected a size >= 0, got -1", lambda: saccade.dropout_mask(1, 0.5, 1, 1, -1, 2)),
+    (TypeError, "B: expected an int, got float", lambda: saccade.dropout_mask(1, 0.5, 1.5, 1, 1, 2)),
+    (TypeError, "query: expected a tensor, got str", lambda: saccade.scaled_dot_product_attention("q", K, V)),
+    (TypeError, "attn_mask: expected a tensor, got list",
+     lambda: saccade.scaled_dot_product_attention(K, K, V, [[0.0]])),
+    (ValueError, "attn_mask: expected dtype bool or float",
+     lambda: saccade.scaled_dot_product_attention(K, K, V, torch.zeros(7, 7).int())),
+    (ValueError, "enable_gqa=True", lambda: saccade.scaled_dot_product_attention(Q, K, V)),
 ]  # fmt: skip
 
 

@@ -216,3 +216,23 @@ def test_tiles_hold_every_edge(shape: tuple[int, int], share: float) -> None:
             at = int(col[tile]) * 64
             found[row * 64 : row * 64 + 64, at : at + 64] = words[tile]
     assert torch.equal(found[: shape[0], : shape[1]], expected) and found.sum() == expected.sum()
+
+
+@pytest.mark.parametrize("kind", ["lengths", "keep", "q_ids"])
+def test_writing_into_the_callers_tensor_does_not_change_a_mask(kind: str) -> None:
+    """It is read again in the backward pass, and a value checked once stays as it was checked."""
+    values = torch.tensor([3]) if kind == "lengths" else torch.ones(1, 5, dtype=torch.bool)
+    values = torch.zeros(1, 5, dtype=torch.int32) if kind == "q_ids" else values
+    mask = Segments(values) if kind == "q_ids" else KeyPadding(**{kind: values})
+    want = mask.materialize(5, 5).clone()
+    values[..., 0] = 9
+    values.flatten()[-1] = 0
+    assert torch.equal(mask.materialize(5, 5), want)
+
+
+def test_graphs_joined_keep_the_edges_of_all_and_the_numbers_of_the_first() -> None:
+    first, second = (torch.rand(6, 9, generator=torch.Generator().manual_seed(n)) < 0.6 for n in (1, 2))
+    mask = Graph.from_dense(first) & Causal() & Graph.from_dense(second)
+    assert mask.graph is not None and torch.equal(mask.graph.materialize(), first & second)
+    assert mask.graph.num_edges == int(first.sum())
+    assert mask.prepare() is mask and "tiles" in mask.graph._cache

@@ -229,3 +229,14 @@ def test_subclasses_and_modes() -> None:
         with torch.profiler.profile() as profile:
             ours(x, x, x)
     assert "saccade::forward" in {e.name for e in profile.events()}
+
+
+def test_jit_trace_without_gradients_and_a_word_where_there_are() -> None:
+    x = torch.randn(2, 6, 8)
+    _, ours = twins()
+    ours.eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, (x, x, x))
+        torch.testing.assert_close(traced(x, x, x)[0], ours(x, x, x)[0])
+    with pytest.raises(RuntimeError, match=r"trace under torch\.no_grad\(\)"):
+        torch.jit.trace(ours, (x, x, x))

@@ -2,7 +2,7 @@
 // columns, over the transposed graph: dK and dV are sums of those over the queries that attend to a key. No
 // atomics; every sum has one order.
 #pragma once
-#include "gather_columns.h"
+#include "gather_edges.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -151,9 +151,8 @@ struct RowPass {
     T* dqe = dq + p.heads * ldq;
     if (p.score != Score::kDot) {
       for (int64_t h = 0; h < p.heads; ++h)
-        additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, w.q[h], keys,
-                                     h / heads.group, e16.n, fresh, dq + h * ldq, dW + h * p.head_dim, g + h,
-                                     heads.pitch);
+        additive_edge_gradient<T, S>(p, h, w.own, keys, h / heads.group, e16.n, fresh, dq + h * ldq,
+                                     dW + h * p.head_dim, g + h, heads.pitch);
       return;
     }
     const int64_t together = heads_together(e16.live, heads, keys.head, p.head_dim);
@@ -172,7 +171,8 @@ static void write_queries(const GatherParams& p, int64_t b, int64_t row, const T
   const T* dqe = dq + p.heads * ldq;
   for (int64_t h = 0; h < p.heads; ++h) {
     if (p.needs & kNeedQ) write_share<T, S>(p.dq, b, h, row, dq + h * ldq, T(1), p.head_dim);
-    if (p.needs & kNeedEdgeQ) write_share<T, S>(p.dedge_q, b, h, row, dqe + h * lde, T(1), p.edge_dim);
+    if (p.edge_dim && p.needs & kNeedEdgeQ)
+      write_share<T, S>(p.dedge_q, b, h, row, dqe + h * lde, T(1), p.edge_dim);
   }
 }
 
@@ -224,12 +224,13 @@ template <typename T, typename S>
 static Plan<GatherParams> gather_backward_plan(const GatherParams& p) {
   Plan<GatherParams> plan;
   const RowSplit rows(p.indptr, p.seqlen_q, p.edges), columns(p.t_indptr, p.seqlen_k, p.edges);
-  Arena a{nullptr}, b{nullptr}, shared{nullptr};
+  Arena a{nullptr}, b{nullptr}, c{nullptr}, shared{nullptr};
   const RowPass<T, S> row_pass(p, a);
   const ColumnPass<T, S> column_pass(p, b);
+  const JointPass<T, S> joint_pass(p, c);
   const EdgeNumbers<T> numbers(p, shared);
   b.take<T>(3 * round_up(p.edge_dim, kLanes<T>) + 64);
-  plan.scratch_bytes = a.used > b.used ? a.used : b.used;
+  plan.scratch_bytes = size_t(max64(a.used, max64(b.used, c.used)));
   plan.workspace_bytes = shared.used;
   if (row_pass.w.far) plan.add(p.batch * rows.items(), &gather_values_item<T, S>);
   plan.add(p.batch * rows.items(), &gather_rows_item<T, S>);
@@ -243,8 +244,12 @@ static Plan<GatherParams> gather_backward_plan(const GatherParams& p) {
     }
     if (columns.items() > 1) plan.add(p.batch * columns.items(), &gather_columns_merge<T, S>);
   }
-  if (p.needs & (kNeedEdgeBias | kNeedEdgeX | kNeedWeight))
-    plan.add((p.edges + kEdgeItem - 1) / kEdgeItem + 1, &gather_edges_item<T>);
+  if (p.needs & (kNeedEdgeBias | kNeedWeight) || (p.edge_dim && p.needs & kNeedEdgeX))
+    plan.add(edge_items(p) + 1, &gather_edges_item<T>);
+  if (p.joint_dim && p.needs & (kNeedEdgeQ | kNeedEdgeX)) {
+    plan.add(edge_items(p), &gather_joint_item<T, S>);
+    if (p.needs & kNeedEdgeQ) plan.add(p.heads, &gather_joint_sum<T>);
+  }
   return plan;
 }
 

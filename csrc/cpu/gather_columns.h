@@ -7,6 +7,10 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
+// Work items of passes over single edges.
+constexpr int64_t kEdgeItem = 4096;
+SACCADE_FORCE int64_t edge_items(const GatherParams& p) { return (p.edges + kEdgeItem - 1) / kEdgeItem; }
+
 template <typename T>
 struct EdgeNumbers {
   int64_t edges, pitch;  // of HeadLanes
@@ -15,6 +19,7 @@ struct EdgeNumbers {
   T* pieces;             // cut rows
   double* dweight;       // partial gradients of the score's weight, [B x items][H][D]
   T* columns;            // cut columns
+  double* joint;         // partial gradients of W where features join the score, [edge items][H][De][ld]
 
   static int64_t piece_size(const GatherParams& p) {
     return p.heads * (round_up(p.head_dim, kLanes<T>) + round_up(p.edge_dim, kLanes<T>));
@@ -32,27 +37,30 @@ struct EdgeNumbers {
     pieces = a.take<T>(p.batch * items * 2 * piece_size(p));
     dweight = a.take<double>(p.weight ? p.batch * items * p.heads * p.head_dim : 0);
     columns = a.take<T>(p.batch * t_items * 2 * column_size(p));
+    joint = a.take<double>(
+        p.needs & kNeedEdgeQ ? edge_items(p) * p.heads * p.joint_dim * round_up(p.head_dim, kLanes<T>) : 0);
     edges = p.edges;
   }
   T* of(int64_t b, int64_t edge) const { return pairs + 2 * (b * edges + edge) * pitch; }
 };
 
-// y += sum_e g_e w phi'(q + k_e), or y = where it is fresh, and dw += sum_e g_e phi(q + k_e) where asked: the
-// additive scores' gradient towards q (or k). g_e = g[e * pitch].
+// y += sum_e g_e w phi'(own_e + row_e), or y = where it is fresh, and dw += sum_e g_e phi where asked: the
+// additive scores' gradient towards q (or k). g_e = g[e * pitch]; `rows` are those of head k.
 template <typename T, typename S>
-static void additive_edge_gradient(const GatherParams& p, const T* w, const T* q, const EdgeRows<S>& rows,
-                                   int64_t k, int64_t n, bool fresh, T* y, double* dw, const T* g,
-                                   int64_t pitch) {
+static void additive_edge_gradient(const GatherParams& p, int64_t h, const JointRows<T>& own,
+                                   const EdgeRows<S>& rows, int64_t k, int64_t n, bool fresh, T* y,
+                                   double* dw, const T* g, int64_t pitch) {
   constexpr int L = kLanes<T>;
+  const T* w = static_cast<const T*>(p.weight) + h * p.head_dim;
   for (int64_t c = 0; c < p.head_dim; c += L) {
     const int64_t width = min64(L, p.head_dim - c);
-    const Vec<T> weight = width == L ? load(w + c) : load_part<T>(w + c, width), own = load(q + c);
+    const Vec<T> weight = width == L ? load(w + c) : load_part<T>(w + c, width);
     Vec<T> sum = fresh ? Vec<T>{} : load(y + c), sum_w{};
     for (int64_t e = 0; e < n; ++e) {
       const T grad = g[e * pitch];
       if (grad == T(0)) continue;  // a masked edge: phi may be NaN where its key is
       const S* row = rows.at[e] + k * rows.head + c;
-      const Vec<T> x = own + (width == L ? load_as<T>(row) : load_part<T>(row, width));
+      const Vec<T> x = load(own.of(e, h) + c) + (width == L ? load_as<T>(row) : load_part<T>(row, width));
       const Vec<T> phi = phi_of<T>(p, x), slope_of = phi_slope<T>(p, x, phi);
       sum += grad * weight * slope_of;
       sum_w += grad * phi;
@@ -94,13 +102,15 @@ struct ColumnPass {
   HeadLanes<T> heads;
   T *own, *key_rows, *pairs;  // the last [kEdgeLanes][2][pitch]
   S* zeros;
-  HeadRows<T> keys{};  // of the additive scores
+  HeadRows<T> keys{};  // of the additive scores, as is what follows
+  JointFeatures<T> joint;
   int64_t ldk, ldv;
   bool live, far;
 
   ColumnPass(const GatherParams& params, Arena& a)
       : p(params),
         heads(params),
+        joint(params, a),
         live(all_edges_live(params)),
         far(rows_lie_far(params, params.seqlen_q, params.heads)) {
     const int64_t widest = max64(p.head_dim, p.head_dim_v);
@@ -166,9 +176,12 @@ struct ColumnPass {
     const EdgeRows<S> queries(p.q, b, p.t_rows + at, n);
     for (int64_t e = 0; far && e < edges_ahead(at, n, p.edges); ++e)
       prefetch_rows<S>(p.q, b, 0, p.heads, p.t_rows[at + kEdgeLanes + e], p.head_dim);
+    const JointRows<T> own = joint.join(p, keys, heads.group, n, [&](int64_t e) {
+      const int64_t place = p.t_edges[at + e];
+      return p.edge_ids ? p.edge_ids[place] : place;
+    });
     for (int64_t h = 0; h < p.heads; ++h)
-      additive_edge_gradient<T, S>(p, static_cast<const T*>(p.weight) + h * p.head_dim, keys[h / heads.group],
-                                   queries, h, n, at == piece.begin && h % heads.group == 0,
+      additive_edge_gradient<T, S>(p, h, own, queries, h, n, at == piece.begin && h % heads.group == 0,
                                    dk + h / heads.group * ldk, nullptr, grads + h, 2 * heads.pitch);
   }
 };
@@ -201,64 +214,6 @@ static void gather_columns_merge(const GatherParams& p, int64_t item, char*, cha
   if (key >= 0)
     write_keys<T, S>(p, p.needs, b, key, sum, round_up(p.head_dim, kLanes<T>),
                      round_up(p.head_dim_v, kLanes<T>));
-}
-
-constexpr int64_t kEdgeItem = 4096;
-
-// What belongs to single edges: dedge_bias, dedge_x; and, in the last item, the weight of the score.
-template <typename T>
-static void gather_edges_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
-  Arena arena{scratch}, shared{workspace};
-  EdgeNumbers<T> numbers(p, shared);
-  const int64_t H = p.heads;
-  if (item * kEdgeItem >= p.edges) {
-    if (!(p.needs & kNeedWeight)) return;
-    const int64_t n = H * p.head_dim, parts = p.batch * RowSplit(p.indptr, p.seqlen_q, p.edges).items();
-    T* dw = static_cast<T*>(p.dweight);
-    for (int64_t x = 0; x < n; ++x) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts; ++part) sum += numbers.dweight[part * n + x];
-      dw[x] = T(sum);
-    }
-    return;
-  }
-  const int64_t lde = round_up(p.edge_dim, kLanes<T>);
-  T *query = arena.take<T>(lde), *grad = arena.take<T>(lde), *sums = arena.take<T>(lde);
-  int64_t row = 0;
-  for (int64_t e = item * kEdgeItem; e < min64(p.edges, (item + 1) * kEdgeItem); ++e) {
-    const int64_t id = p.edge_ids ? p.edge_ids[e] : e;
-    if (p.needs & kNeedEdgeBias) {
-      T* out = static_cast<T*>(p.dedge_bias);
-      T all = T(0);
-      for (int64_t h = 0; h < H; ++h) {
-        T sum = T(0);
-        for (int64_t b = 0; b < p.batch; ++b) sum += numbers.logit[(b * p.edges + e) * numbers.pitch + h];
-        if (p.edge_bias_head) out[h * p.edge_bias_head + id] = sum;
-        all += sum;
-      }
-      if (!p.edge_bias_head) out[id] = all;
-    }
-    if (p.needs & kNeedEdgeX) {
-      if (e == item * kEdgeItem) {  // the row of the item's first edge
-        int64_t high = p.seqlen_q;
-        while (high - row > 1) {
-          const int64_t mid = (row + high) / 2;
-          (p.indptr[mid] <= e ? row : high) = mid;
-        }
-      }
-      while (p.indptr[row + 1] <= e) ++row;
-      for (int64_t c = 0; c < lde; ++c) sums[c] = T(0);
-      for (int64_t b = 0; b < p.batch; ++b)
-        for (int64_t h = 0; h < H; ++h) {
-          const T* pair = numbers.of(b, e) + h;
-          const T weight = pair[0], g = pair[numbers.pitch];
-          read_row(query, row_at(p.edge_q, b, h, row), p.edge_q.dtype, p.edge_q.col, p.edge_dim);
-          read_row(grad, row_at(p.dout_edge, b, h, row), p.dout_edge.dtype, p.dout_edge.col, p.edge_dim);
-          for (int64_t c = 0; c < p.edge_dim; ++c) sums[c] += g * query[c] + weight * grad[c];
-        }
-      memcpy(static_cast<T*>(p.dedge_x) + id * p.edge_dim, sums, size_t(p.edge_dim) * sizeof(T));
-    }
-  }
 }
 
 }  // namespace

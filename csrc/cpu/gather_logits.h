@@ -1,7 +1,7 @@
 // The first half of the gather body: the logits of edges, 16 at a time, all heads of an edge while its key
 // row is in cache.
 #pragma once
-#include "edges.h"
+#include "gather_joint.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -29,10 +29,13 @@ struct GatherScratch {
   S* zeros;
   HeadRows<T> q, edge_q;
   EdgeRows<T> feature_rows;
+  JointFeatures<T> joint;
+  JointRows<T> own{};  // of the additive scores: what meets the keys of the group in hand
   int64_t lde;
   bool live, far;
 
-  GatherScratch(const GatherParams& p, Arena& a) : heads(p), lde(round_up(p.edge_dim, kLanes<T>)) {
+  GatherScratch(const GatherParams& p, Arena& a)
+      : heads(p), joint(p, a), lde(round_up(p.edge_dim, kLanes<T>)) {
     const int64_t widest = max64(p.head_dim, p.head_dim_v);
     q_rows = a.take<T>(p.heads * round_up(p.head_dim, kLanes<T>));
     edge_q_rows = a.take<T>(p.heads * lde);
@@ -84,10 +87,11 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, const EdgeRow
     w.add_feature_dots(p, w.edge_q, g.n, w.s);
   } else {
     const T* weight = static_cast<const T*>(p.weight);
+    w.own = w.joint.join(p, w.q, 1, g.n, [&](int64_t e) { return g.id(e); });
     pair_sums(heads, g.n, w.parts, w.s, [&](int64_t e, Vec<T>* into) {
       for (int64_t h = 0; h < p.heads; ++h)
-        into[h] =
-            additive_part<T, S>(p, weight + h * p.head_dim, w.q[h], keys.at[e] + h / heads.group * keys.head);
+        into[h] = additive_part<T, S>(p, weight + h * p.head_dim, w.own.of(e, h),
+                                      keys.at[e] + h / heads.group * keys.head);
     });
   }
   const int64_t pairs = g.n * heads.pitch;

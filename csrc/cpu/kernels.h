@@ -16,7 +16,7 @@ struct Phase {
 
 template <typename P>
 struct Plan {
-  static constexpr int kMaxPhases = 7;
+  static constexpr int kMaxPhases = 9;
   Phase<P> phase[kMaxPhases];
   int phases = 0;
   size_t scratch_bytes = 0;    // per thread

@@ -12,11 +12,13 @@ struct BackwardBuffers {
   using T = typename M::T;
   using E = typename M::Element;
   int64_t ld, ldv;  // padded row lengths of queries and dout
-  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse, *lse_low, *delta, *dQ;
+  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse, *lse_low, *weight_by, *delta, *dQ;
   E *queries, *douts, *keys, *values, *columns, *weights, *query_rows, *dout_rows;
   bool* dead;
+  WeightOf<T> weight_of;
+  bool rescales;  // weights are to be multiplied by weight_by
 
-  BackwardBuffers(const Params& p, Arena& a) {
+  BackwardBuffers(const Params& p, Arena& a) : weight_of(p), rescales(false) {
     const int64_t D = p.head_dim, Dv = p.head_dim_v;
     ld = round_up(D, M::kPad);
     ldv = round_up(Dv, M::kPad);
@@ -30,6 +32,7 @@ struct BackwardBuffers {
     block_o = a.take<T>(kBlockM * (ld > ldv ? ld : ldv));
     lse = a.take<T>(kBlockM);
     lse_low = a.take<T>(kBlockM);
+    weight_by = a.take<T>(kBlockM);
     delta = a.take<T>(kBlockM);
     dQ = a.take<T>(round_up(D, kRowPad) * kBlockM);
     queries = a.take<E>(M::packed_size(D, kBlockM));
@@ -44,6 +47,29 @@ struct BackwardBuffers {
   }
 };
 
+// dK is dS^T q: dS is 0 in a row that keeps no key, but 0 times a NaN that stands in its query is not. Gives
+// the rows of q, in `buffer` where one had to be cleared. Such a row's output is exactly 0, and where NaN was
+// met it is NaN, so looking at the first number spares the rest.
+template <typename T>
+static Matrix<T> clear_empty(const QueryBlock& q, Matrix<T> outs, int64_t head_dim_v, Matrix<T> qs,
+                             int64_t head_dim, int64_t ld, T* buffer) {
+  Matrix<T> found = qs;
+  for (int64_t i = 0; i < q.rows; ++i) {
+    if (outs.p[i * outs.ld] != T(0)) continue;
+    bool empty = true, finite = true;
+    for (int64_t d = 0; d < head_dim_v; ++d) empty &= outs.p[i * outs.ld + d] == T(0);
+    for (int64_t d = 0; d < head_dim && empty; ++d)
+      finite &= qs.p[i * qs.ld + d] - qs.p[i * qs.ld + d] == T(0);
+    if (!empty || finite) continue;
+    if (found.p != buffer) {
+      for (int64_t r = 0; r < q.rows; ++r) memcpy(buffer + r * ld, qs.p + r * qs.ld, size_t(ld) * sizeof(T));
+      found = {buffer, ld};
+    }
+    memset(buffer + i * ld, 0, size_t(ld) * sizeof(T));
+  }
+  return found;
+}
+
 // A query block made ready: its operands, lse in base 2 (+inf where no weight can arise), delta = rowsum(dO *
 // O) - dlse.
 template <typename M>
@@ -57,16 +83,18 @@ struct BackwardBlock {
                     dos = block_rows<T>(p.dout, q, Dv, w.ldv, w.block_do);
     queries = M::pack_columns(qs.p, qs.ld, q.rows, q.lanes, D, w.queries);
     douts = M::pack_columns(dos.p, dos.ld, q.rows, q.lanes, Dv, w.douts);
-    query_rows = M::pack_rows(qs.p, qs.ld, q.rows, w.ld, w.query_rows);
+    const Matrix<T> outs = block_rows<T>(p.out, q, Dv, w.ldv, w.block_o),
+                    clean = clear_empty(q, outs, Dv, qs, D, w.ld, w.block_q);
+    query_rows = M::pack_rows(clean.p, clean.ld, q.rows, w.ld, w.query_rows);
     dout_rows = M::pack_rows(dos.p, dos.ld, q.rows, w.ldv, w.dout_rows);
     for (int64_t i = 0; i < q.lanes; ++i) w.lse[i] = kInf<T>, w.lse_low[i] = w.delta[i] = T(0);
     if (!is_softmax(p)) return;
-    const WeightOf<T> weight_of(p);
+    w.weight_of = WeightOf<T>(p);
+    w.rescales = sum_again<M>(p, q, queries, w, w.weight_of, w.lse, w.lse_low, w.weight_by);
     const double* lse = lse_at(p, p.lse, q);
     const double* dlse = p.dlse ? lse_at(p, p.dlse, q) : nullptr;
-    const Matrix<T> outs = block_rows<T>(p.out, q, Dv, w.ldv, w.block_o);
     for (int64_t i = 0; i < q.rows; ++i) {
-      weight_of.split(lse[i], w.lse[i], w.lse_low[i]);
+      if (!w.rescales) w.weight_of.split(lse[i], w.lse[i], w.lse_low[i]);
       Vec<T> sum{};
       T rest = T(0);
       int64_t d = 0;
@@ -85,7 +113,7 @@ template <typename M>
 static void weigh_tile(const GradParams& p, const QueryBlock& q, const KeyTile& t, BackwardBuffers<M>& w) {
   using T = typename M::T;
   const T unit = T(logit_unit(p));
-  const WeightOf<T> weight_of(p);
+  const WeightOf<T> weight_of = w.weight_of;
   const bool softmax = is_softmax(p), drop = p.dropout_p > 0;
   for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
     const Vec<T> lse = load(w.lse + i), low = load(w.lse_low + i), delta = load(w.delta + i);
@@ -108,6 +136,10 @@ static void weigh_tile(const GradParams& p, const QueryBlock& q, const KeyTile& 
       store(d, logit == -kInf<T> ? Vec<T>{} : grad);
       store(s, drop ? weight * z : weight);
     }
+  }
+  if (w.rescales) {
+    scale_lanes(w.S, t.n, q.lanes, w.weight_by);
+    scale_lanes(w.dP, t.n, q.lanes, w.weight_by);
   }
 }
 

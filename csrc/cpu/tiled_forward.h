@@ -133,6 +133,46 @@ struct WeightOf {
   }
 };
 
+// Far from 0 a double has no digits left for the ln of a sum, and weights taken from lse would no longer add
+// up to one. Then every row of the block gets its largest logit m and its sum again, from all its keys: high
+// and low such that weight_of gives 2^((S - m) factor), and `by`, 1 / sum. Returns whether it did.
+template <typename M, typename P, typename Buffers, typename T>
+static bool sum_again(const P& p, const QueryBlock& q, typename M::B queries, Buffers& w,
+                      WeightOf<T>& weight_of, T* high, T* low, T* by) {
+  const double* lse = lse_at(p, static_cast<const double*>(p.lse), q);
+  // Rows of nothing but finfo.min stand at -kLargest, and are common.
+  const double far = sizeof(T) == sizeof(double) ? 1e5 : kLargest;
+  bool any = false;
+  for (int64_t i = 0; i < q.rows; ++i) any |= lse[i] - lse[i] == 0 && (lse[i] > far || lse[i] < -far);
+  if (!any) return false;
+  const T factor = exponent_factor<T>(p);
+  T sum[kBlockM], alpha[kBlockM];
+  for (int64_t i = 0; i < q.lanes; ++i) high[i] = -kInf<T>, low[i] = sum[i] = T(0);
+  const auto one_tile = [&](const KeyTile& t) {
+    const typename M::A keys =
+        t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * p.head_dim * size_of(p.k.dtype),
+                         p.k.dtype, p.head_dim, w.keys)
+                : M::rows(p, p.k, q.seq, q.b, q.hk, t.j0, t.n, p.head_dim, nullptr, w.keys);
+    tile_logits<M>(p, q, t, tile_parts<M>(p, q, t), keys, queries, w.S, nullptr, w.bias, w.dead);
+    softmax_tile(q, t, w.S, high, sum, alpha, factor);
+  };
+  KeyTiles tiles(p, q, {0, INT64_MAX});
+  KeyTile t;
+  while (tiles.next(t)) one_tile(t);
+  if (p.extra_k) one_tile({q.seq.seqlen_k, 1, true, true, nullptr});
+  const double unit = double(factor) * kLn2;  // natural logit = S * unit
+  for (int64_t i = 0; i < q.lanes; ++i) {
+    if (i >= q.rows || high[i] == -kInf<T>) {
+      high[i] = kInf<T>, by[i] = T(1);
+      continue;
+    }
+    const double sink = has_sink(p) ? exp(double(sink_of<T>(p, q.h)) - double(high[i]) * unit) : 0;
+    by[i] = T(1 / (double(sum[i]) + sink));
+  }
+  weight_of.a = T(1), weight_of.b = factor;
+  return true;
+}
+
 // Scales O[d][i] by x[i].
 template <typename T>
 static void scale_lanes(T* O, int64_t d, int64_t lanes, const T* x) {

@@ -67,13 +67,16 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, typename M::
                         WeightBuffers<M>& w) {
   using T = typename M::T;
   const T unit = T(logit_unit(p));
-  const WeightOf<T> weight_of(p);
-  T lse[kBlockM], low[kBlockM];
-  for (int64_t i = 0; i < q.lanes; ++i) lse[i] = kInf<T>, low[i] = T(0);
-  if (is_softmax(p))
-    for (int64_t i = 0; i < q.rows; ++i) weight_of.split(lse_at(p, p.lse, q)[i], lse[i], low[i]);
+  WeightOf<T> weight_of(p);
+  T lse[kBlockM], low[kBlockM], by[kBlockM];
   const Matrix<T> rows = block_rows<T>(p.q, q, p.head_dim, p.head_dim, w.tile.block);
   const typename M::B queries = M::pack_columns(rows.p, rows.ld, q.rows, q.lanes, p.head_dim, w.tile.queries);
+  const bool rescales = is_softmax(p) && sum_again<M>(p, q, queries, w.tile, weight_of, lse, low, by);
+  if (!rescales) {
+    for (int64_t i = 0; i < q.lanes; ++i) lse[i] = kInf<T>, low[i] = T(0);
+    if (is_softmax(p))
+      for (int64_t i = 0; i < q.rows; ++i) weight_of.split(lse_at(p, p.lse, q)[i], lse[i], low[i]);
+  }
   const auto one_tile = [&](const KeyTile& t) {
     const typename M::A keys =
         t.extra ? M::row(static_cast<const char*>(p.extra_k) + q.h * p.head_dim * size_of(p.k.dtype),
@@ -90,6 +93,7 @@ static void add_weights(const WeightParams& p, const QueryBlock& q, typename M::
     } else {
       activate_tile(p.activation, S, t.n * q.lanes, unit);
     }
+    if (rescales) scale_lanes(S, t.n, q.lanes, by);
     if (p.dropout_p > 0) {
       dropout_tile<T>(p, q, t, w.tile.Z);
       multiply_tile(S, w.tile.Z, t.n * q.lanes);

@@ -62,7 +62,7 @@ extern "C" const char* saccade_cuda_decode_refuses(const saccade::Params* p) {
 
 extern "C" const char* saccade_cuda_gather_refuses(const saccade::GatherParams* p) {
   if (!saccade::is_known(*p)) return "tensors other than fp32, bf16 or fp16";
-  if (p->edge_dim) return "edge features";
+  if (p->edge_dim || p->joint_dim) return "edge features";
   if (p->bias || p->rel_bias) return "a bias beside a graph";
   return saccade::refuses_any(*p);
 }

@@ -46,7 +46,11 @@ def attend(problem: Problem, body: int, operators: Any = ops) -> tuple[Tensor, T
         out, lse, *_ = _run(call, tensors, spec.seed)
         return out, lse
     if torch.compiler.is_compiling():
-        apply = Forward.apply
+        apply, tensors = Forward.apply, _distinct(tensors)
+    elif torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record attention's derivatives: trace under torch.no_grad()"
+        )
     elif torch._C._functorch.peek_interpreter_stack() is None:
         apply = super(Function, Eager).apply  # past the wrapper that looks for functorch, 4 us a call
     else:
@@ -76,6 +80,7 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool, operators: A
         return operators.weights(spec, lse, tensors, spec.seed, average)
     if torch.compiler.is_compiling():
         function: type[Function] = PlainWeights
+        tensors = _distinct(tensors)
     else:
         function = EagerWeights if torch._C._functorch.peek_interpreter_stack() is None else Weights
     return function.apply(lse.detach(), *tensors, spec.seed, Call(spec, ops.TILED, operators), average)
@@ -91,6 +96,15 @@ class ReferenceWeights:
         assert tensors[0] is not None
         found = reference.weigh(replace(spec, seed=seed), tensors)[2].to(tensors[0].dtype)
         return found.mean(1) if average else found
+
+
+def _distinct(tensors: Tensors) -> Tensors:
+    """The same, no tensor twice: torch.compile takes none that a Function gets in two places."""
+    found: list[Tensor | None] = []
+    for x in tensors:
+        again = x is not None and any(x is y for y in found)
+        found.append(x.view_as(x) if again and x is not None else x)
+    return tuple(found)
 
 
 def _untracked(tensors: Tensors) -> bool:

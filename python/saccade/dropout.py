@@ -78,6 +78,11 @@ def dropout_mask(seed: int | Tensor, dropout_p: float, B: int, H: int, Sq: int, 
     def axis(n: int, dim: int) -> Tensor:
         return torch.arange(n, device=device).view([-1 if d == dim else 1 for d in range(4)])
 
+    for name, size in (("B", B), ("H", H), ("Sq", Sq), ("Sk", Sk)):
+        if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
+            raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+        if size < 0:
+            raise ValueError(f"{name}: expected a size >= 0, got {size}")
     if seed is None:
         raise TypeError("seed: expected an int or an int64 tensor of one element, got None")
     return kept(as_seed(seed, device), p, axis(B, 0), axis(H, 1), axis(Sq, 2), axis(Sk, 3)).expand(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import backends
-from .problem import Problem
+from .problem import Problem, check_options
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def explain(
     """What `saccade.attention` would do with the same arguments; nothing is computed. Raises what it would
     raise.
     """
+    check_options("explain", {n: x for n, x in options.items() if n != "return_lse"})
     problem = Problem.of(q, k, v, mask, **options)
     chosen = backends.choose(problem, backend)
     why = backends.reasons(problem)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from .autograd import attention_weights
 from .masks import Causal, KeyPadding, Mask
 from .packed import cache_layout, packed_layout
 from .position import Position
-from .problem import Problem, accumulator
+from .problem import Options, Problem, accumulator, check_options
 from .scores import Additive, GATv2
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -57,7 +60,7 @@ def attention(  # noqa: PLR0913
             2009.03509).
         position: ALiBi, T5, Shaw, TransformerXL or RoPE.
         scale: default D ** -0.5, and 1 for the additive scores.
-        score: "dot", Additive(weight) or GATv2(weight, slope).
+        score: "dot", Additive(weight) or GATv2(weight, slope), which take edge features themselves.
         activation: "softmax", "relu", "sigmoid", or "softmax1" (a sink of 0).
         sink: [H]: exp(sink_h) joins the row's denominator.
         softcap: logits become softcap * tanh(logits / softcap) before bias and position are added.
@@ -120,7 +123,7 @@ def attention_varlen(  # noqa: PLR0913
     *,
     return_lse: bool = False,
     backend: str | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Any:
     """Attention of packed sequences: `q` [total_q, H, D], `k` [total_k, Hk, D], `v` [total_k, Hk, Dv].
 
@@ -129,6 +132,7 @@ def attention_varlen(  # noqa: PLR0913
     it is the caller's promise. `options` are those of `attention`; `bias` and a Graph serve dense calls only
     (pack graphs with Graph.batch). Returns [total_q, H, Dv], with `return_lse` also lse [H, total_q].
     """
+    check_options("attention_varlen", options)
     layout = packed_layout(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     problem = Problem.of(q, k, v, mask, layout=layout, return_lse=return_lse, **options)
     return finish(problem, backend, return_lse)
@@ -145,7 +149,7 @@ def attention_decode(  # noqa: PLR0913
     *,
     return_lse: bool = False,
     backend: str | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Any:
     """Attention of few queries `q` [B, H, Sq, D] over a cache of which sequence b uses `lengths[b]` keys ([B]
     ints).
@@ -156,6 +160,7 @@ def attention_decode(  # noqa: PLR0913
     in use. Lengths are checked on the CPU and clamped on a GPU. `options` are those of `attention`, but for
     `bias` and a Graph. Returns [B, H, Sq, Dv], with `return_lse` also lse [B, H, Sq].
     """
+    check_options("attention_decode", options)
     layout = cache_layout(q, k_cache, lengths, page_table, beam)
     problem = Problem.of(q, k_cache, v_cache, mask, layout=layout, return_lse=return_lse, **options)
     return finish(problem, backend, return_lse)
@@ -174,9 +179,8 @@ def scaled_dot_product_attention(  # noqa: PLR0913
     """`torch.nn.functional.scaled_dot_product_attention`: same arguments, same meaning (is_causal is
     top-left).
     """
+    _check_sdpa(query, key, value, attn_mask, enable_gqa)
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    if query.dim() < 2 or key.dim() < 2 or value.dim() < 2:
-        raise ValueError("query, key, value: expected at least two dimensions")
     if not enable_gqa and max(x.dim() for x in (query, key, value)) > 2:
         heads = torch.broadcast_shapes(*(x.shape[-3:-2] for x in (query, key, value)))
         query, key, value = (_expand_heads(x, heads) for x in (query, key, value))
@@ -188,8 +192,36 @@ def scaled_dot_product_attention(  # noqa: PLR0913
         bias, padding = _dense_mask(attn_mask, full, q)
         if padding is not None:
             mask = padding if mask is None else mask & padding
-    out = attention(q, k, v, mask, bias=bias, dropout_p=dropout_p, scale=scale)
+    out = attention(
+        q, k, v, mask, bias=bias, dropout_p=_plain("dropout_p", dropout_p), scale=_plain("scale", scale)
+    )
     return out.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
+
+
+def _check_sdpa(query: Any, key: Any, value: Any, attn_mask: Any, grouped: bool) -> None:
+    """What `attention` would refuse by its own names."""
+    named = {"query": query, "key": key, "value": value}
+    for name, x in (named if attn_mask is None else {**named, "attn_mask": attn_mask}).items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if any(x.dim() < 2 for x in named.values()):
+        raise ValueError("query, key, value: expected at least two dimensions")
+    heads = {x.shape[-3] for x in named.values() if x.dim() > 2} - {1}
+    if len(heads) > 1 and not grouped:
+        raise ValueError(
+            f"key, value: expected the heads of query, got {sorted(heads)}; enable_gqa=True shares key heads"
+        )
+    if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"attn_mask: expected dtype bool or float, got {attn_mask.dtype}")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """torch takes tensors of one number where it asks for a float."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1 or value.requires_grad:
+        raise TypeError(f"{name}: expected a float, got a tensor that is not one number or requires grad")
+    return value.item()
 
 
 def _expand_heads(x: Tensor, heads: Any) -> Tensor:
@@ -231,6 +263,8 @@ def merge(outs: Any, lses: Any) -> tuple[Tensor, Tensor]:
             f"merge: expected as many outs as lses, at least one, got {len(outs)} and {len(lses)}"
         )
     for out, lse in zip(outs, lses, strict=True):
+        if not isinstance(out, Tensor) or not isinstance(lse, Tensor):
+            raise TypeError(f"merge: expected tensors, got {type(out).__name__} and {type(lse).__name__}")
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(
                 f"merge: expected lse {list(outs[0].shape[:-1])}, got {list(lse.shape)} for {list(out.shape)}"

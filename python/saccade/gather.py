@@ -1,8 +1,9 @@
 """The gather operators: graph attention edge by edge.
 
-Edge features need no kernel of their own: q . (k + W e) = q . k + (q W) . e, and sum p (v + W e) = sum p v +
-W sum p e. So the operator takes q W [B, H, Sq, De] beside q and returns sum p e [B, H, Sq, De] beside the
-output.
+Edge features need no kernel of their own beside the dot score: q . (k + W e) = q . k + (q W) . e, and
+sum p (v + W e) = sum p v + W sum p e. So the operator takes q W [B, H, Sq, De] beside q and returns sum p e
+[B, H, Sq, De] beside the output. In an additive score, w . phi(q + k + W e), nothing splits: there the
+operator takes W [1, H, D, De] in place of q W and forms W e edge by edge.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import in_order, memory_order
-from .problem import Spec, accumulator
+from .problem import DOT, Spec, accumulator
 
 # Place among the tensors of a problem -> bit among the operator's gradients, in the order in which it returns
 # them.
@@ -32,7 +33,7 @@ def forward(
     assert q is not None
     order = spec.layout.out_order or memory_order(q)
     out, lse, mixed = ops.gather_forward(spec, *_arguments(spec, tensors), seed, order)
-    if w is not None:
+    if w is not None and spec.score == DOT:
         wide = accumulator(q.dtype)
         out = in_order((out.to(wide) + _lifted(mixed, w)).to(q.dtype), order)
     return out, lse, mixed
@@ -54,7 +55,10 @@ def backward(
     assert q is not None and dout is not None and mixed is not None and spec.args.graph is not None
     needs = sum(_BITS.get(n, 0) for n in wanted)
     dout_edge = None
-    if w is not None:
+    joins = w is not None and spec.score != DOT
+    if joins:
+        needs |= _NEED_EDGE_Q * (_EDGE_W in wanted) | _NEED_EDGE_X * (_EDGE_E in wanted)
+    elif w is not None:
         dout_edge = _projected(dout, w)
         needs |= _NEED_EDGE_Q * (0 in wanted or _EDGE_W in wanted) | _NEED_EDGE_X * (_EDGE_E in wanted)
     # `out` has the edges' share already: its row sums with dout are whole, and the share alone counts as
@@ -64,7 +68,9 @@ def backward(
         spec, (dout, dlse, dout_edge, out, lse, share), *_arguments(spec, tensors), seed, needs
     )
     found = {0: dq, 1: dk, 2: dv, 5: dweight, 9: dedge_bias}
-    if w is not None and e is not None:
+    if joins:
+        found |= {_EDGE_E: dedge_x, _EDGE_W: dedge_q[0] if _EDGE_W in wanted else dedge_q}
+    elif w is not None and e is not None:
         wide = accumulator(q.dtype)
         found[_EDGE_E] = dedge_x
         if 0 in wanted:
@@ -92,10 +98,12 @@ def _outer(x: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _arguments(spec: Spec, tensors: tuple[Tensor | None, ...]) -> tuple[Any, Any]:
-    """The nine tensors of every operator, and edge_bias, q W and e."""
+    """The nine tensors of every operator, and edge_bias, q W (an additive score's: W) and e."""
     q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, e, w = (
         x if x is None or n < 3 else x.contiguous() for n, x in enumerate(tensors)
     )
     assert q is not None
-    edge_q = None if w is None else _projected(q, w)
+    edge_q = None
+    if w is not None:
+        edge_q = _projected(q, w) if spec.score == DOT else w[None].to(accumulator(q.dtype))
     return (q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v), (edge_bias, edge_q, e)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .kernels.config import ITEM
-from .maskbase import Dims, Index, Mask, set_fields
+from .maskbase import Dims, Index, Mask, not_traced, set_fields
 
 TILE = 64  # rows and columns of a tile: one 64-bit word per row
+_MAKING = "a Graph made from the values of tensors: make it before, and .prepare() it"
 
 
 class Graph(Mask):
@@ -65,6 +66,7 @@ class Graph(Mask):
 
         `num_nodes` is an int or `(num_sources, num_targets)`. Raises ValueError for an index out of range.
         """
+        not_traced(_MAKING)
         if not isinstance(edge_index, Tensor):
             raise TypeError(f"edge_index: expected a tensor [2, E], got {type(edge_index).__name__}")
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
@@ -81,6 +83,7 @@ class Graph(Mask):
         """Row i of the CSR matrix [Sq, num_keys] holds the keys of query i: `indices[indptr[i]:indptr[i +
         1]]`.
         """
+        not_traced(_MAKING)
         for name, value in (("indptr", indptr), ("indices", indices)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -103,6 +106,7 @@ class Graph(Mask):
 
         Edges are numbered row by row; those of a COO tensor in the order of its indices.
         """
+        not_traced(_MAKING)
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: expected a tensor [Sq, Sk], got {type(mask).__name__}")
         if mask.dim() != 2:
@@ -132,6 +136,12 @@ class Graph(Mask):
     def intersect(graphs: list[Graph]) -> Graph:
         """The edges of the first graph whose pair all the others have. They keep the first one's numbers."""
         first = graphs[0]
+        if any((g.num_queries, g.num_keys) != (first.num_queries, first.num_keys) for g in graphs):
+            raise ValueError(f"mask: expected graphs of one size, got {' & '.join(map(repr, graphs))}")
+        if len(graphs) > 1:
+            not_traced(
+                "the edges that several graphs share: join them with & before, and .prepare() the result"
+            )
         kept = None
         for other in graphs[1:]:
             has = other.keep(0, 0, first.rows, first.indices.long(), other.num_queries, other.num_keys)
@@ -149,6 +159,10 @@ class Graph(Mask):
     @property
     def device(self) -> torch.device:
         return self.indptr.device
+
+    @property
+    def graph(self) -> Graph:
+        return self
 
     @property
     def rows(self) -> Tensor:
@@ -350,6 +364,7 @@ class Graph(Mask):
 
     def _once(self, name: str, build: Any) -> Any:
         if name not in self._cache:
+            not_traced(f"{name} of {self!r}: call .prepare() on the mask, or this function once, before")
             self._cache[name] = build()
         return self._cache[name]
 

@@ -15,21 +15,24 @@ from .masks import Band, Chunks, KeyPadding, Segments, head_bounds, int_bounds
 class And(Mask):
     """Several masks joined with `&`: a pair is kept iff every part keeps it."""
 
-    __slots__ = ("_parts", "_static")
+    __slots__ = ("_parts", "_static", "_shared")
 
     _parts: tuple[Mask, ...]
     _static: MaskArgs | None
+    _shared: Graph | None  # the edges that all graphs among the parts have
 
     def __init__(self, parts: tuple[Mask, ...]) -> None:
         bands = [p for p in parts if isinstance(p, Band) and p.static is not None]
         static = MaskArgs(band=int_bounds(bands)) if len(bands) == len(parts) else None
-        set_fields(self, _parts=parts, _static=static)
+        set_fields(self, _parts=parts, _static=static, _shared=None)
         for name in ("num_batch", "num_heads", "device"):
             values = {getattr(p, name) for p in parts} - {None}
             if len(values) > 1:
                 raise ValueError(
                     f"mask: the parts of {self!r} differ in {name.removeprefix('num_')}: {list(values)}"
                 )
+        if graphs := [p for p in parts if isinstance(p, Graph)]:
+            set_fields(self, _shared=Graph.intersect(graphs))
 
     @property
     def parts(self) -> tuple[Mask, ...]:
@@ -38,6 +41,10 @@ class And(Mask):
     @property
     def static(self) -> MaskArgs | None:
         return self._static
+
+    @property
+    def graph(self) -> Graph | None:
+        return self._shared
 
     def _first(self, name: str) -> Any:
         return next((v for v in (getattr(p, name) for p in self._parts) if v is not None), None)
@@ -63,14 +70,20 @@ class And(Mask):
     def to(self, device: torch.device | str) -> Mask:
         return And(tuple(p.to(device) for p in self._parts))
 
+    def prepare(self) -> Mask:
+        if self._shared is not None:
+            self._shared.prepare()
+        return self
+
     def __repr__(self) -> str:
         return " & ".join(map(repr, self._parts))
 
 
-def resolve(parts: tuple[Mask, ...], dims: Dims) -> MaskArgs:
-    """The normal form of the parts for a call of these dimensions. Raises ValueError where a part does not
+def resolve(mask: Mask, dims: Dims) -> MaskArgs:
+    """The normal form of a mask for a call of these dimensions. Raises ValueError where a part does not
     fit it.
     """
+    parts = mask.parts
     for part in parts:
         if part.num_batch not in (None, dims.batch):
             raise ValueError(f"mask: {part!r} is for a batch of {part.num_batch}, the call has {dims.batch}")
@@ -80,7 +93,6 @@ def resolve(parts: tuple[Mask, ...], dims: Dims) -> MaskArgs:
             )
         part.check(dims)
     bands = [p for p in parts if isinstance(p, Band)]
-    graphs = [p for p in parts if isinstance(p, Graph)]
     q_ids, k_ids = _join_segments([p for p in parts if isinstance(p, Segments)], dims)
     paddings = [p for p in parts if isinstance(p, KeyPadding)]
     return MaskArgs(
@@ -96,7 +108,7 @@ def resolve(parts: tuple[Mask, ...], dims: Dims) -> MaskArgs:
         ),
         q_ids=q_ids,
         k_ids=k_ids,
-        graph=Graph.intersect(graphs) if graphs else None,
+        graph=mask.graph,
     )
 
 

@@ -101,6 +101,11 @@ class Mask:
         """The normal form where it is the same for every call: bands of plain ints. None otherwise."""
         return None
 
+    @property
+    def graph(self) -> Graph | None:
+        """The edges that are kept where only edges are."""
+        return None
+
     def __and__(self, other: object) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
@@ -149,15 +154,21 @@ class Mask:
             axes.set(xlabel="key j", ylabel="query i", title=repr(self))
         return ax
 
+    def prepare(self) -> Mask:
+        """Builds every cached form of the graphs inside now, so that compiled and captured calls find them.
+        Returns the mask itself.
+        """
+        return self
+
     def resolve(self, dims: Dims) -> MaskArgs:
         """The normal form for a call of these dimensions; kept for the next call of the same ones."""
         from .join import resolve
 
         if torch.compiler.is_compiling():  # a cache written inside a traced region would hold traced tensors
-            return resolve(self.parts, dims)
+            return resolve(self, dims)
         last = getattr(self, "_resolved", None)
         if last is None or last[0] != dims:
-            last = (dims, resolve(self.parts, dims))
+            last = (dims, resolve(self, dims))
             object.__setattr__(self, "_resolved", last)
         return last[1]
 
@@ -170,6 +181,21 @@ class Mask:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         set_fields(self, **state)
+
+
+def values_are_known(x: Tensor) -> bool:
+    """False on the meta device and while a call is traced: masks made there are not checked (kernels clamp
+    what they count).
+    """
+    return not x.is_meta and not torch.compiler.is_compiling()
+
+
+def not_traced(what: str) -> None:
+    """How many edges there are torch.compile cannot know: out of the graph, or with fullgraph an error that
+    says `what`.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=f"saccade builds outside of compiled functions: {what}")
 
 
 def set_fields(obj: object, **values: object) -> None:

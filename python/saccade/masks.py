@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .maskbase import NO_MASK, UNBOUNDED, Dims, Index, Mask, MaskArgs, set_fields
+from .maskbase import NO_MASK, UNBOUNDED, Dims, Index, Mask, MaskArgs, set_fields, values_are_known
 
 __all__ = [
     "NO_MASK", "UNBOUNDED", "Band", "Causal", "Chunks", "Dims", "KeyPadding", "Mask", "MaskArgs", "Segments",
@@ -32,6 +32,20 @@ def as_bound(name: str, value: object) -> Bound:
         return value.detach().to(torch.int64).clamp(-UNBOUNDED, UNBOUNDED).contiguous()
     clamped: Any = max(-UNBOUNDED, min(value, UNBOUNDED))  # a traced length stays one
     return clamped
+
+
+def _own(name: str, value: Any) -> Tensor:
+    """A contiguous copy: what is written into the caller's tensor later must not change a mask, which the
+    backward pass reads again.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    try:
+        return torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: expected a tensor or numbers, got {type(value).__name__} ({error})"
+        ) from None
 
 
 def _check_integers(name: str, value: Tensor) -> None:
@@ -123,7 +137,7 @@ class Window(Band):
         for name, value in (("left", left), ("right", right)):
             bound = as_bound(name, value)
             if isinstance(bound, Tensor):
-                negative = bool((bound < 0).any())
+                negative = values_are_known(bound) and bool((bound < 0).any())
             else:
                 negative = bound is not None and bound < 0
             if negative:
@@ -152,22 +166,23 @@ class KeyPadding(Mask):
             raise TypeError(
                 "KeyPadding: expected lengths or keep, got " + ("neither" if keep is None else "both")
             )
-        value = lengths if keep is None else keep
-        value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        value = _own("lengths", lengths) if keep is None else _own("keep", keep)
         if value.dtype == torch.bool:
             if value.dim() not in (1, 2):
                 raise ValueError(f"keep: expected shape [B, Sk] or [Sk], got {list(value.shape)}")
-            set_fields(self, lengths=None, keep_keys=value.contiguous(), max_length=0)
+            set_fields(self, lengths=None, keep_keys=value, max_length=0)
             return
         if keep is not None:
             raise ValueError(f"keep: expected dtype torch.bool, got {value.dtype}")
         _check_integers("lengths", value)
         if value.dim() > 1:
             raise ValueError(f"lengths: expected shape [B], got {list(value.shape)}")
-        if value.numel() and int(value.min()) < 0:
-            raise ValueError(f"lengths: expected values >= 0, got {int(value.min())}")
-        longest = int(value.max()) if value.numel() else 0
-        set_fields(self, lengths=value.to(torch.int64).contiguous(), keep_keys=None, max_length=longest)
+        longest = 0
+        if value.numel() and values_are_known(value):
+            least, longest = (int(x) for x in value.aminmax())
+            if least < 0:
+                raise ValueError(f"lengths: expected values >= 0, got {least}")
+        set_fields(self, lengths=value.to(torch.int64), keep_keys=None, max_length=longest)
 
     @property
     def _values(self) -> Tensor:
@@ -237,7 +252,7 @@ class Segments(Mask):
     def __init__(self, q_ids: Any, k_ids: Any = None) -> None:
         ids = []
         for name, value in (("q_ids", q_ids), ("k_ids", q_ids if k_ids is None else k_ids)):
-            value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+            value = _own(name, value)
             _check_integers(name, value)
             if value.dim() not in (1, 2):
                 raise ValueError(f"{name}: expected shape [B, S] or [S], got {list(value.shape)}")
@@ -283,8 +298,8 @@ def _as_int32(q_ids: Tensor, k_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The ids as int32: as they are where they fit, else renumbered together."""
     if q_ids.dtype == torch.int64:
         both = torch.cat([q_ids.reshape(-1), k_ids.reshape(-1)])
-        if both.numel() and (both != both.int()).any():
-            both = torch.unique(both, return_inverse=True)[1]
+        if not values_are_known(both) or (both.numel() and (both != both.int()).any()):
+            both = torch.searchsorted(both.sort()[0], both)
         q_ids, k_ids = both[: q_ids.numel()].view_as(q_ids), both[q_ids.numel() :].view_as(k_ids)
     return q_ids.int().contiguous(), k_ids.int().contiguous()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import memory_order
-from .problem import NORMALISED, SOFTMAX1, Spec, accumulator
+from .problem import DOT, NORMALISED, SOFTMAX1, Spec, accumulator
 
 TILED, DECODE, GATHER = 0, 1, 2
 PATH = os.environ.get("SACCADE_OPS_LIBRARY") or str(Path(__file__).with_name("libsaccade_ops.so"))
@@ -106,7 +106,8 @@ def weights_result(args: tuple[Any, ...], at: dict[str, int]) -> Tensor:
 def gather_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, sum p e) of gather_forward."""
     q, features = args[at["q"]], args[at["edge_x"]]
-    shape = (0,) if features is None else (*q.shape[:-1], features.shape[1])
+    alone = features is None or args[at["score"]] != DOT  # an additive score's features join no sum
+    shape = (0,) if alone else (*q.shape[:-1], features.shape[1])
     return *forward_results(args, at), q.new_empty(shape)
 
 
@@ -116,9 +117,12 @@ def gather_gradients(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor,
     wide = accumulator(q.dtype)
     found = []
     for name, bit in (("q", 1), ("k", 2), ("v", 4), ("weight", 32), ("edge_bias", 256), ("edge_q", 512)):
-        like, dtype = args[at[name]], q.dtype if name in ("q", "k", "v", "edge_q") else wide
-        absent = like is None or not needs & bit
-        found.append(q.new_empty(0, dtype=wide) if absent else like.new_empty(like.shape, dtype=dtype))
+        like = args[at[name]]
+        if like is None or not needs & bit:
+            found.append(q.new_empty(0, dtype=wide))
+        else:
+            own = name in ("q", "k", "v", "edge_q")
+            found.append(like.new_empty(like.shape, dtype=like.dtype if own else wide))
     features, absent = args[at["edge_x"]], not needs & 1024
     found.append(q.new_empty((0,) if absent else features.shape, dtype=wide))
     return tuple(found)
@@ -226,7 +230,7 @@ def gather_forward(
     seed: Tensor | None,
     order: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`saccade::gather_forward`; `edge_terms` is edge_bias, q W and e."""
+    """`saccade::gather_forward`; `edge_terms` is edge_bias, q W (an additive score's: W) and e."""
     call = call_arguments(spec, seed, GATHER)
     return torch.ops.saccade.gather_forward.default(*tensors, *call, *_edges(spec, edge_terms), order)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from math import inf
+from numbers import Real
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -99,7 +101,7 @@ class Problem:
     extra_k: Tensor | None = None  # [H, D] dtype of q: one more key per head, seen by every query
     extra_v: Tensor | None = None  # [H, Dv]
     edge_bias: Tensor | None = None  # [1 or H, E] in the order in which the edges were given
-    edge_attr: tuple[Tensor, Tensor] | None = None  # e [E, De], W [H, D, De]
+    edge_attr: tuple[Tensor, Tensor] | None = None  # e [E, De], W [H, D, De]; an additive score's own, too
     position: positions.QueryRelative | None = None
 
     @staticmethod
@@ -134,7 +136,7 @@ class Problem:
         q, k, v, batched = _check_tensors(q, k, v, layout)
         batch, heads, heads_k, seqlen_q, seqlen_k = _dims(q, k, v, layout)
         head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-        if causal or window is not None or mask is not None:
+        if causal is not False or window is not None or mask is not None:
             mask = join_mask(mask, causal, window)
         args = NO_MASK
         if mask is not None:
@@ -206,7 +208,36 @@ class _Terms:
     extra_v: Any
 
 
-def join_mask(mask: Any, causal: bool, window: Any) -> Mask | None:
+class Options(TypedDict, total=False):
+    """What the public functions take besides tensors, mask, return_lse and backend; see `attention`."""
+
+    causal: bool
+    window: tuple[Any, Any] | None
+    bias: Tensor | None
+    edge_bias: Tensor | None
+    edge_attr: tuple[Tensor, Tensor] | None
+    position: positions.Position | None
+    scale: float | None
+    score: str | Additive | GATv2
+    activation: str
+    sink: Tensor | None
+    softcap: float | None
+    dropout_p: float
+    seed: int | Tensor | None
+    deterministic: bool | None
+
+
+_OPTIONS = frozenset(Options.__annotations__)
+
+
+def check_options(function: str, options: Any) -> None:
+    """TypeError for keywords that `function` does not have, as Python words it."""
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def join_mask(mask: Any, causal: Any, window: Any) -> Mask | None:
     """The mask with its sugar joined to it."""
     if mask is not None and not isinstance(mask, Mask):
         hint = (
@@ -215,6 +246,8 @@ def join_mask(mask: Any, causal: bool, window: Any) -> Mask | None:
             else ""
         )
         raise TypeError(f"mask: expected a saccade.Mask, got {type(mask).__name__}{hint}")
+    if isinstance(causal, Tensor | Mask | str):
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
     if causal:
         mask = _CAUSAL if mask is None else mask & _CAUSAL
     if window is not None:
@@ -233,9 +266,9 @@ def _window(left: int | None, right: int | None) -> Band:
 
 def _check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> tuple[Tensor, Tensor, Tensor, bool]:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if torch.is_autocast_enabled(q.device.type):
+        if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a {_wanted(x)}")
+    if is_autocast(q.device.type):
         q, k, v = (autocast(x) for x in (q, k, v))
     dtype, device, ndim = q.dtype, q.device, q.dim()
     if dtype not in DTYPES:
@@ -254,16 +287,29 @@ def _check_tensors(q: Any, k: Any, v: Any, layout: Layout) -> tuple[Tensor, Tens
     return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), False
 
 
+def _wanted(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return f"tensor, got {type(x).__name__}"
+    if x.is_nested:
+        return "dense tensor, got a nested one (saccade.nn and attention_varlen take packed sequences)"
+    return f"dense tensor, got {x.layout}"
+
+
 def _check_ndim(k: Tensor, v: Tensor, ndim: int) -> None:
     for name, x in (("k", k), ("v", v)):
         if x.dim() != ndim:
             raise ValueError(f"{name}: expected {ndim} dimensions as in q, got shape {list(x.shape)}")
 
 
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is on for this type of device; torch raises where it knows none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def autocast(x: Tensor) -> Tensor:
     """Cast as torch casts the arguments of its scaled_dot_product_attention; fp64 stays."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not x.is_floating_point() or not is_autocast(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
 
@@ -311,7 +357,7 @@ def _score(score: object) -> tuple[int, float]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt | Real):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     if value != value:
         raise ValueError(f"{name}: expected a number, got {value}")
@@ -320,7 +366,7 @@ def _number(name: str, value: Any) -> float:
 
 def _positive(name: str, value: Any) -> float:
     number = _number(name, value)
-    if not number > 0:
+    if not 0 < number < inf:
         raise ValueError(f"{name}: expected a positive number or None, got {value}")
     return number
 

@@ -1,38 +1,54 @@
-"""The scores that are not the dot product. `weight` is [H, D] or [D] and takes a gradient."""
+"""The scores that are not the dot product. `weight` is [H, D] or [D] and takes a gradient.
+
+With a Graph, `edge_attr` = (e [E, De], W [H, D, De]) joins q_i + k_j + W e before the nonlinearity, as in
+GATv2Conv of PyTorch Geometric; values stay as they are. Both take gradients. e is in the order of the edges.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 
 class Additive:
-    """score_ij = weight . tanh(q_i + k_j) (Bahdanau, Cho, Bengio: 1409.0473)."""
+    """score_ij = weight . tanh(q_i + k_j [+ W e_ij]) (Bahdanau, Cho, Bengio: 1409.0473)."""
 
-    __slots__ = ("weight",)
+    __slots__ = ("weight", "edge_attr")
     slope = 0.0
     code = 1
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = _checked(weight)
+    def __init__(self, weight: Tensor, edge_attr: tuple[Tensor, Tensor] | None = None) -> None:
+        self.weight, self.edge_attr = _checked(weight), _pair(edge_attr)
 
     def __repr__(self) -> str:
         return f"Additive({list(self.weight.shape)})"
 
 
 class GATv2:
-    """score_ij = weight . leaky_relu(q_i + k_j, slope) (Brody, Alon, Yahav: 2105.14491)."""
+    """score_ij = weight . leaky_relu(q_i + k_j [+ W e_ij], slope) (Brody, Alon, Yahav: 2105.14491)."""
 
-    __slots__ = ("weight", "slope")
+    __slots__ = ("weight", "slope", "edge_attr")
     code = 2
 
-    def __init__(self, weight: Tensor, slope: float = 0.2) -> None:
-        self.weight = _checked(weight)
+    def __init__(
+        self, weight: Tensor, slope: float = 0.2, edge_attr: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.weight, self.edge_attr = _checked(weight), _pair(edge_attr)
         if isinstance(slope, bool) or not isinstance(slope, int | float):
             raise TypeError(f"slope: expected a float, got {type(slope).__name__}")
         self.slope = float(slope)
 
     def __repr__(self) -> str:
         return f"GATv2({list(self.weight.shape)}, {self.slope})"
+
+
+def _pair(edge_attr: Any) -> tuple[Tensor, Tensor] | None:
+    if edge_attr is None:
+        return None
+    if not isinstance(edge_attr, tuple | list) or len(edge_attr) != 2:
+        raise TypeError(f"edge_attr: expected a pair (e, W), got {type(edge_attr).__name__}")
+    return edge_attr[0], edge_attr[1]
 
 
 def _checked(weight: object) -> Tensor:

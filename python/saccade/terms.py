@@ -32,7 +32,12 @@ def resolve_terms(problem: Problem, terms: Any) -> Problem:
         found.update(_position(terms.position, problem))
     if terms.extra_k is not None or terms.extra_v is not None:
         found.update(_extra(terms.extra_k, terms.extra_v, problem))
-    found.update(_edges(terms.edge_bias, terms.edge_attr, problem))
+    edge_attr = terms.edge_attr
+    if spec.score != DOT:
+        if edge_attr is not None:
+            raise ValueError("edge_attr: needs the dot score; others bring theirs: GATv2(w, edge_attr=...)")
+        edge_attr = terms.score.edge_attr
+    found.update(_edges(terms.edge_bias, edge_attr, problem))
     return replace(problem, **found)
 
 
@@ -152,9 +157,7 @@ def _edges(edge_bias: Any, edge_attr: Any, problem: Problem) -> dict[str, Any]:
         features, weight = edge_attr
         _float("edge_attr's e", features, q)
         _float("edge_attr's W", weight, q)
-        if spec.score != DOT:
-            raise ValueError("edge_attr: needs the dot score")
-        if spec.head_dim_v != spec.head_dim:
+        if spec.score == DOT and spec.head_dim_v != spec.head_dim:
             raise ValueError(f"edge_attr: needs Dv == D, got {spec.head_dim_v} and {spec.head_dim}")
         if features.dim() != 2 or features.shape[0] != graph.num_edges:
             raise ValueError(

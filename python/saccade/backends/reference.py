@@ -18,7 +18,7 @@ from ..dropout import kept as dropout_kept
 from ..graph import Graph
 from ..layout import in_order, memory_order
 from ..position import QueryRelative
-from ..problem import ADDITIVE, DOT, NORMALISED, RELU, SOFTMAX1, Problem, Spec, accumulator
+from ..problem import ADDITIVE, DOT, NORMALISED, RELU, SOFTMAX1, Problem, Spec, accumulator, is_autocast
 
 NAME = "reference"
 _INF = float("inf")
@@ -82,7 +82,7 @@ def weigh(
     """
     assert tensors[0] is not None
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):  # would make the products narrow again
+    if is_autocast(device):  # would make the products narrow again
         with torch.autocast(device, enabled=False):
             return weigh(spec, tensors, position, wide)
     wide = wide or accumulator(tensors[0].dtype)
@@ -171,6 +171,9 @@ class _Dense:
     def key(self, x: Tensor) -> Tensor:  # [B, H, Sk, ...] broadcast to the pairs
         return x[:, :, None]
 
+    def joint(self, q: Tensor, k: Tensor) -> Tensor:  # what an additive score looks at, [B, H, Sq, Sk, D]
+        return self.query(q) + self.key(k)
+
     def head(self, x: Tensor) -> Tensor:  # [H, D] broadcast to the pairs
         return x[:, None, None]
 
@@ -205,6 +208,7 @@ class _Edges:
     def __init__(self, row: _Row) -> None:
         graph = row.spec.args.graph
         assert graph is not None and row.spec.mask is not None
+        self.row = row
         self.sq, self.sk = row.q.shape[2], row.k.shape[2]
         self.i, self.j, self.ids = graph.rows, graph.indices.long(), graph.ids
         self.parts = tuple(p for p in row.spec.mask.parts if not isinstance(p, Graph))
@@ -224,6 +228,9 @@ class _Edges:
 
     def _with_features(self, x: Tensor) -> Tensor:
         return self.key(x) if self.features is None else self.key(x) + self.features
+
+    def joint(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.query(q) + self._with_features(k)
 
     def dot(self, q: Tensor, k: Tensor) -> Tensor:
         return (self.query(q) * self._with_features(k)).sum(-1)
@@ -248,7 +255,8 @@ class _Edges:
         return self._scatter(kept.int(), self.j, self.sk) > 0
 
     def mix(self, p: Tensor, v: Tensor) -> Tensor:
-        return self._scatter(p[..., None] * self._with_features(v), self.i, self.sq)
+        values = self._with_features(v) if self.row.spec.score == DOT else self.key(v)
+        return self._scatter(p[..., None] * values, self.i, self.sq)
 
     def dense(self, p: Tensor) -> Tensor:
         return self._scatter(p, self.i * self.sk + self.j, self.sq * self.sk).unflatten(2, (self.sq, self.sk))
@@ -321,7 +329,7 @@ def _score(row: _Row, pairs: _Pairs, q: Tensor, k: Tensor) -> Tensor:
         position = row.position
         return pairs.dot(q if position is None else position.content_query(q), k)
     assert row.weight is not None
-    return (pairs.head(row.weight) * _joint(row.spec, pairs.query(q) + pairs.key(k))).sum(-1)
+    return (pairs.head(row.weight) * _joint(row.spec, pairs.joint(q, k))).sum(-1)
 
 
 def _joint(spec: Spec, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops, ops_triton
 from ..autograd import attend, attention_weights
 from ..bodies import is_decode, is_gather, needs_gather, needs_tiles
-from ..problem import Problem
+from ..problem import DOT, Problem
 
 NAME = "triton"
 _OLDEST = (8, 0)
@@ -52,6 +52,8 @@ def _beyond(problem: Problem) -> list[str]:
         found.append(f"position {type(problem.position).__name__} is not in its kernels")
     if needs_gather(problem) and needs_tiles(problem):
         found.append("edge terms and repeated edges do not go with bias, position or an extra key")
+    if problem.edge_attr is not None and problem.spec.score != DOT:
+        found.append("edge features that join an additive score")
     cached = problem.spec.layout.seqused_k is not None
     if cached and any(t is not None and t.requires_grad for t in problem.tensors):
         found.append("gradients through a key cache")

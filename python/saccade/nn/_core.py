@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import run
-from ..functional import attend_with_weights, attention_varlen
+from ..functional import attend_with_weights
+from ..packed import packed_layout
 from ..problem import Layout, Problem
 from . import _checks, _extras
 from ._masks import join, resolve_masks
@@ -88,5 +89,5 @@ def attend_packed(
 ) -> Tensor:
     """out [total, H, Dv] of packed q, k, v; `lengths` is both cu_seqlens, then both max_seqlen."""
     given: dict[str, Any] = {**options.terms, **extra, "dropout_p": options.dropout_p}
-    (q, k, v), (cu_q, cu_k, max_q, max_k) = qkv, lengths
-    return attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, mask, **given)
+    layout = packed_layout(qkv[0], qkv[1], *lengths)
+    return run(Problem.of(*qkv, mask, layout=layout, **given))[0]

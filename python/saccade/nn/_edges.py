@@ -54,10 +54,19 @@ def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Ed
     if not isinstance(edge_index, Tensor):
         kind = type(edge_index).__name__
         raise TypeError(f"edge_index: expected a tensor [2, E] or a saccade.Graph, got {kind}")
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg="a graph is built from the values of edge_index: with fullgraph=True pass a saccade.Graph"
+        )
+        if not _outside:  # as a decorator it would import the compiler, for over a second, with the package
+            _outside.append(torch.compiler.disable(_kept_edges))
+        return _outside[0](edge_index, sizes, loops)
     return _kept_edges(edge_index, sizes, loops)
 
 
-@torch.compiler.disable
+_outside: list[Any] = []
+
+
 def _kept_edges(edge_index: Tensor, sizes: tuple[int, int], loops: bool) -> Edges:
     if edge_index.is_inference():  # its values may change without a trace
         return _build(edge_index, sizes, loops)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backends import cpu
 from ..graph import Graph
 from ..scores import GATv2
 from ._conv import (
@@ -58,10 +60,22 @@ class GATBase(AttentionConv):
     def _weights(self, logits: Tensor, lse: Tensor, edges: Edges, drop: tuple[float, Any]) -> Tensor:
         return dropped(edge_weights(logits, lse, edges).to(logits.dtype), edges, *drop)
 
-    def _from_logits(self, logits: Tensor, nodes: tuple[int, int]) -> dict[str, Any]:
-        """Scores that the kernels do not know become the bias of each edge, on queries and keys of zeros."""
-        q, k = (logits.new_zeros(n, self.heads, 1) for n in nodes)
-        return {"q": q, "k": k, "edge_bias": logits.t()}
+    def _score(
+        self, rows: tuple[Tensor, Tensor], weight: Tensor, joined: tuple[Tensor, Tensor] | None, logits: Any
+    ) -> dict[str, Any]:
+        """w . leaky_relu(q + k + W e) of q and k [n, H, D] for `attention`; `joined` is e and W, or None.
+
+        Where no kernel joins them, `logits` () become the bias of each edge, on queries and keys of zeros.
+        """
+        if joined is None or _joins_features(rows[0]):
+            return {"q": rows[0], "k": rows[1], "score": GATv2(weight, self.negative_slope, joined)}
+        q, k = (x.new_zeros(x.shape[0], self.heads, 1) for x in rows)
+        return {"q": q, "k": k, "edge_bias": logits().t()}
+
+
+def _joins_features(x: Tensor) -> bool:
+    """The kernels for CPUs form W e edge by edge; the reference would hold it for all edges."""
+    return x.device.type == "cpu" and not cpu.missing()
 
 
 def _total_width(out_channels: int, heads: int, concat: bool) -> int:
@@ -73,8 +87,9 @@ class GATConv(GATBase):
 
     out_i = sum_j alpha_ij W x_j, alpha = softmax_j(leaky_relu(a_s . W x_j + a_t . W x_i + a_e . W_e e_ij)).
 
-    The score is GATv2's with one channel, so the kernels serve it. With edge features the logits [E, H] are
-    computed beforehand and softmax, dropout and sum are the kernel's. Arguments are PyTorch Geometric's.
+    The score is GATv2's with one channel, so the kernels serve it. Edge features join it in the kernel on
+    CPUs; elsewhere the logits [E, H] are computed beforehand and softmax, dropout and sum are the kernel's.
+    Arguments are PyTorch Geometric's.
     """
 
     def __init__(
@@ -151,19 +166,14 @@ class GATConv(GATBase):
         if targets is not None:
             query = (targets * self.att_dst).sum(-1, keepdim=True)
         wanted = bool(return_attention_weights)
-        logits = None
-        if wanted or (edge_attr is not None and self.lin_edge is not None):
-            logits = self._logits(query, key, edges, edge_attr)
-        if logits is not None and edge_attr is not None and self.lin_edge is not None:
-            score = self._from_logits(logits, (count, sources.shape[0]))
-        else:
-            weight = key.new_ones(self.heads, 1)
-            score = {"q": query, "k": key, "score": GATv2(weight, self.negative_slope)}
+        joined = None if edge_attr is None else self._features(edges, edge_attr)
+        logits = cache(lambda: self._logits(query, key, edges, joined))
+        score = self._score((query, key), key.new_ones(self.heads, 1), joined, logits)
         out, lse, drop = self._attend(score, sources, edges, wanted)
         out = self._finish(out, residual)
-        if logits is None or not wanted:
+        if not wanted:
             return out
-        return out, (index_of(edge_index, edges), self._weights(logits, lse, edges, drop))
+        return out, (index_of(edge_index, edges), self._weights(logits(), lse, edges, drop))
 
     def _project(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """W x [N, H, C] of the sources and of the targets."""
@@ -185,15 +195,22 @@ class GATConv(GATBase):
         first = self.lin_src(sources).unflatten(-1, shape)
         return first, None if targets is None else self.lin_dst(targets).unflatten(-1, shape)
 
-    def _logits(self, query: Tensor, key: Tensor, edges: Edges, edge_attr: Tensor | None) -> Tensor:
+    def _features(self, edges: Edges, edge_attr: Tensor) -> tuple[Tensor, Tensor] | None:
+        """e [E', De] and W_e^T a_e [H, 1, De], since a_e . (W_e e) = (W_e^T a_e) . e."""
+        if self.lin_edge is None:
+            return None
+        assert self.att_edge is not None
+        e = edge_features(edges, edge_attr, self.fill_value)
+        weight = weight_of(self.lin_edge, e).unflatten(0, (self.heads, self.out_channels))
+        return e, torch.einsum("hcd,hc->hd", weight, self.att_edge[0])[:, None]
+
+    def _logits(
+        self, query: Tensor, key: Tensor, edges: Edges, joined: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         sources, targets = edges.pairs
         logits = query[targets, :, 0] + key[sources, :, 0]
-        if edge_attr is not None and self.lin_edge is not None:
-            assert self.att_edge is not None
-            features = edge_features(edges, edge_attr, self.fill_value)
-            # a_e . (W_e e) = (W_e^T a_e) . e: no [E, H, C].
-            weight = weight_of(self.lin_edge, features).unflatten(0, (self.heads, self.out_channels))
-            logits = logits + features @ torch.einsum("hcd,hc->dh", weight, self.att_edge[0])
+        if joined is not None:
+            logits = logits + joined[0] @ joined[1][:, 0].t()
         return F.leaky_relu(logits, self.negative_slope)
 
 
@@ -202,9 +219,10 @@ class GATv2Conv(GATBase):
 
     out_i = sum_j alpha_ij W_l x_j, alpha = softmax_j(a . leaky_relu(W_l x_j + W_r x_i + W_e e_ij)).
 
-    With edge features the score does not split into parts of query, key and edge, which is what the kernels
-    live on: the logits [E, H] are then computed in plain torch, a chunk of edges at a time, and softmax,
-    dropout and sum are the kernel's. Arguments are PyTorch Geometric's.
+    With edge features the score does not split into parts of query, key and edge: the kernels for CPUs form
+    W_e e edge by edge, nothing of size E x H x C is held. Elsewhere the logits [E, H] are computed in plain
+    torch, a chunk of edges at a time, and softmax, dropout and sum are the kernel's. Arguments are PyTorch
+    Geometric's.
     """
 
     def __init__(
@@ -263,25 +281,22 @@ class GATv2Conv(GATBase):
         if edge_attr is not None and self.lin_edge is None:
             raise ValueError("edge_attr: a layer with edge_dim=None was given some")
         residual = self._residual(targets)
-        nodes = (targets.shape[0], sources.shape[0])
-        edges = edges_of(edge_index, nodes[::-1], self.add_self_loops)
+        edges = edges_of(edge_index, (sources.shape[0], targets.shape[0]), self.add_self_loops)
         shape = (self.heads, self.out_channels)
         left = self.lin_l(sources).unflatten(-1, shape)
         shared = self.share_weights and targets is sources
         right = left if shared else self.lin_r(targets).unflatten(-1, shape)
         features = None if edge_attr is None else edge_features(edges, edge_attr, self.fill_value)
-        wanted, logits = bool(return_attention_weights), None
-        if wanted or features is not None:
-            logits = edge_logits(self._logits, edges, (right, left), features)
-        if features is not None and logits is not None:
-            score = self._from_logits(logits, nodes)
-        else:
-            score = {"q": right, "k": left, "score": GATv2(self.att[0], self.negative_slope)}
+        wanted, joined = bool(return_attention_weights), None
+        if features is not None and self.lin_edge is not None:
+            joined = features, weight_of(self.lin_edge, features).unflatten(0, shape)
+        logits = cache(lambda: edge_logits(self._logits, edges, (right, left), features))
+        score = self._score((right, left), self.att[0], joined, logits)
         out, lse, drop = self._attend(score, left, edges, wanted)
         out = self._finish(out, residual)
-        if logits is None or not wanted:
+        if not wanted:
             return out
-        return out, (index_of(edge_index, edges), self._weights(logits, lse, edges, drop))
+        return out, (index_of(edge_index, edges), self._weights(logits(), lse, edges, drop))
 
     def _logits(self, right: Tensor, left: Tensor, features: Tensor | None) -> Tensor:
         joint = right + left

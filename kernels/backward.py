@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import RUNTIME, plain
 from .mask import block_intervals, kept_pairs, key_ranges, row_ranges
 from .softmax import RELU, SIGMOID, logit_gradient, split_lse, weigh
 from .tile import (
@@ -16,6 +17,7 @@ from .tile import (
     column_sums,
     dot,
     dropout_kept,
+    fresh,
     joint,
     joint_slope,
     load_rows,
@@ -34,7 +36,9 @@ from .tile import (
 
 
 class Statistics(NamedTuple):
-    """Three numbers for each row, as `weigh` and `logit_gradient` take them: high, low, delta."""
+    """Three numbers for each row, as `weigh` and `logit_gradient` take them: high, low, delta. `runtime`
+    strides.
+    """
 
     ptr: Any  # [3, B, H, Sq], or [3, H, total]
     plane: Any
@@ -42,7 +46,7 @@ class Statistics(NamedTuple):
     head: Any
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "blocks"])
+@triton.jit(do_not_specialize=RUNTIME)
 def row_statistics(
     out, dout, dlse, lse, stats, terms, packed, seqlen_q, blocks,
     S: tl.constexpr, M: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -62,7 +66,7 @@ def row_statistics(
     unit, factor = unit_of(terms, S)
     high, low = split_lse(tl.load(vector_at(lse, b, h, q_begin) + i, mask=inside, other=0.0), unit, S)
     tl.store(at, high, mask=inside)
-    tl.store(at + stats.plane, low, mask=inside)
+    tl.store(at + plain(stats.plane), low, mask=inside)
     if dout is not None:
         total = tl.zeros((M,), ACC)
         out_base = rows_at(out, b, h, q_begin)
@@ -73,7 +77,7 @@ def row_statistics(
             total += tl.sum(x.to(ACC) * y.to(ACC), 1)
         if dlse is not None:
             total -= tl.load(vector_at(dlse, b, h, q_begin) + i, mask=inside, other=0.0).to(ACC)
-        tl.store(at + 2 * stats.plane, total, mask=inside)
+        tl.store(at + 2 * plain(stats.plane), total, mask=inside)
 
 
 @triton.jit
@@ -86,10 +90,10 @@ def load_statistics(stats, b, h, q_begin, i, inside, S: tl.constexpr):
     else:
         at = vector_at(stats, b, h, q_begin) + i
         high = tl.load(at, mask=inside, other=0.0)
-        delta = tl.load(at + 2 * stats.plane, mask=inside, other=0.0)
+        delta = tl.load(at + 2 * plain(stats.plane), mask=inside, other=0.0)
         low = zero
         if S.exact:
-            low = tl.load(at + stats.plane, mask=inside, other=0.0)
+            low = tl.load(at + plain(stats.plane), mask=inside, other=0.0)
         return high, low, delta
 
 
@@ -201,9 +205,7 @@ def query_tile(
     return dq, dw
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "blocks", "left_end", "right_end", "left_start", "right_start", "rel_size",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def tiled_backward_q(
     q, k, v, dout, dq, dweight, stats, terms, mask, packed, tiles,
     seqlen_q, seqlen_k, blocks, left_end, right_end, left_start, right_start, rel_size,
@@ -233,7 +235,7 @@ def tiled_backward_q(
     do_tile = load_rows(dout, do_base, block * M, i < seqlen_q, 0, S.dim_v, M, BLOCK_DV, S.far)
     high, low, deltas = load_statistics(stats, b, h, q_begin, i, i < seqlen_q, S)
 
-    acc = tl.zeros((M, BLOCK_D), ACC)
+    acc = fresh(blocks, M, BLOCK_D, S)
     dw = tl.zeros((BLOCK_D,), ACC)
     if terms.extra_k is not None:
         acc, dw = query_tile(
@@ -350,9 +352,7 @@ def key_tile(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "blocks", "left_end", "right_end", "left_start", "right_start", "rel_size",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def tiled_backward_kv(
     q, k, v, dout, dk, dv, stats, terms, mask, packed, tiles,
     seqlen_q, seqlen_k, blocks, left_end, right_end, left_start, right_start, rel_size,
@@ -389,8 +389,8 @@ def tiled_backward_kv(
     k_inside = j0 + tl.arange(0, N) < k_end
     k_tile = load_rows(k, k_base, j0, k_inside, 0, S.dim, N, BLOCK_D, S.far)
     v_tile = load_rows(v, v_base, j0, k_inside, 0, S.dim_v, N, BLOCK_DV, S.far)
-    dk_acc = tl.zeros((N, BLOCK_D), ACC)
-    dv_acc = tl.zeros((N, BLOCK_DV), ACC)
+    dk_acc = fresh(blocks, N, BLOCK_D, S)
+    dv_acc = fresh(blocks + 1, N, BLOCK_DV, S)
     for g in range(GROUP):
         h = hk * GROUP + g
         q_base = rows_at(q, b, h, q_begin)

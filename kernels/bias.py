@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import RUNTIME
 from .backward import load_statistics, tile_gradient
 from .call import Call, blocks_of, cdiv
 from .mask import block_intervals
@@ -59,9 +60,7 @@ def tile_of(tiles, block, j0, N: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "batch", "left_end", "right_end", "left_start", "right_start", "rel_size",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def dense_bias_gradient(
     q, k, v, dout, dbias, stats, terms, mask, packed, tiles,
     seqlen_q, seqlen_k, batch, left_end, right_end, left_start, right_start, rel_size,
@@ -115,9 +114,7 @@ def dense_bias_gradient(
         tl.store(dbias + at, total, mask=(i < seqlen_q)[:, None] & (j < seqlen_k)[None, :])
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "batch", "left_end", "right_end", "left_start", "right_start", "rel_size",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def relative_bias_gradient(
     q, k, v, dout, drel, stats, terms, mask, packed, tiles,
     seqlen_q, seqlen_k, batch, left_end, right_end, left_start, right_start, rel_size,
@@ -166,9 +163,7 @@ def relative_bias_gradient(
     tl.store(drel + h.to(tl.int64) * rel_size + at, total, mask=(at >= 0) & (at < rel_size))
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "blocks", "left_end", "right_end", "left_start", "right_start", "rel_size",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def query_bias_gradient(
     q, k, v, dout, drel, stats, terms, mask, packed, tiles,
     seqlen_q, seqlen_k, blocks, left_end, right_end, left_start, right_start, rel_size,

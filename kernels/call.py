@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import config
+from .arguments import runtime
 from .config import Config
 from .mask import UNBOUNDED, Mask
 from .tile import Rows, Static, Terms, Vector
@@ -93,8 +94,9 @@ class Call:
     def vector(self, x: Tensor) -> Vector:
         """A contiguous tensor of one number per row."""
         if x.dim() == 1:  # there is none
-            return Vector(x, 0, 0)
-        return Vector(x, 0, x.shape[1]) if x.dim() == 2 else Vector(x, x.stride(0), x.stride(1))
+            return Vector(x, runtime(0), runtime(0))
+        batch, head = (0, x.shape[1]) if x.dim() == 2 else x.stride()[:2]
+        return Vector(x, runtime(batch), runtime(head))
 
     def config(self, name: str) -> Config:
         """The tile shape of a pass; a graph's tiles are given."""
@@ -102,7 +104,9 @@ class Call:
         arch, size = architecture(self.q.device), self.q.element_size()
         left_end, right_end, left_start, right_start = self.band
         narrow = max(left_end, right_end) < UNBOUNDED or max(left_start, right_start) < UNBOUNDED
-        found = config.pick(name, arch, size, dim, "window" if narrow else "full")
+        terms = self.bias is not None or self.rel_bias is not None or self.softcap or self.dropout_p
+        load = "scores" if self.score else "terms" if terms else ""
+        found = config.pick(name, arch, size, dim, "window" if narrow else "full", load)
         if self.tiles:
             return Config(_TILE, _TILE, min(found.block_d, 64), found.num_warps, 1, found.measured)
         biases = sum(x.element_size() for x in (self.bias, self.rel_bias) if x is not None)
@@ -113,7 +117,8 @@ class Call:
         q, keeps = self.q, self.keep is not None or self.q_ids is not None
         bare = not (self.score or self.softcap or self.bias is not None or self.rel_bias is not None)
         wide = q.dtype == torch.float64
-        loose = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        # Asked of the backend itself: what was set by torch's newer interface makes the older one raise.
+        loose = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         bounded = self.head_bounds is not None or bool(self.chunks)
         return Static(
             score=self.score,
@@ -136,12 +141,16 @@ class Call:
             far=self._is_far(),
         )
 
-    def _is_far(self) -> bool:
-        """Do the offsets inside a tile of any of the tensors pass 31 bits?"""
+    def _is_far(self, *others: Tensor) -> bool:
+        """Do the offsets inside a tile of any of the tensors, or of others, pass 31 bits?"""
         tallest = 256
         spans = (tallest * abs(x.stride(-2 if x.dim() == 4 else 0)) + x.shape[-1] * abs(x.stride(-1))
-                 for x in (self.q, self.k, self.v))  # fmt: skip
+                 for x in (self.q, self.k, self.v, *others))  # fmt: skip
         return max(spans) >= 1 << 31
+
+    def near(self, x: Tensor) -> Tensor:
+        """A gradient that came with strides of its own: as it lies, where the kernels' offsets reach."""
+        return x.contiguous() if self._is_far(x) and not self._is_far() else x
 
     def terms(self) -> Terms:
         rest = 1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1 else 0.0
@@ -163,7 +172,7 @@ class Call:
         if self.rel_bias is not None and self.is_by_query:
             head = self.rel_bias.shape[-2] * self.rel_bias.shape[-1]
             batch = self.heads * head if self.rel_bias.dim() == 4 else 0
-            found = found._replace(rel_batch=batch, rel_head=head, rel_start=self.cu_q)
+            found = found._replace(rel_batch=runtime(batch), rel_head=runtime(head), rel_start=self.cu_q)
         if self.bias is None:
             return found
         batch, head, row, col = self.bias.stride()
@@ -176,11 +185,11 @@ class Call:
             tuple(self.chunks),
             self.lengths,
             self.keep,
-            0 if self.keep is None else self.keep.stride(0),
+            _row(self.keep),
             self.q_ids,
-            0 if self.q_ids is None else self.q_ids.stride(0),
+            _row(self.q_ids),
             self.k_ids,
-            0 if self.k_ids is None else self.k_ids.stride(0),
+            _row(self.k_ids),
             self.tiles[0] if self.tiles else None,
         )
 
@@ -196,6 +205,10 @@ class Call:
         if self.rel_bias is not None and self.is_by_query:
             distances = self.rel_bias.shape[-1]
         return (self.seqlen_q, self.seqlen_k, blocks, *band, distances)
+
+
+def _row(x: Tensor | None) -> int:
+    return 0 if x is None else runtime(x.stride(0))
 
 
 def architecture(device: torch.device) -> str:

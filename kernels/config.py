@@ -58,9 +58,9 @@ _HOPPER: dict[str, dict[int, Shape]] = {
     "forward": {16: (128, 64, 16, 4, 3), 32: (128, 64, 32, 4, 3), 64: (128, 128, 64, 8, 3),
                 128: (128, 64, 128, 8, 3), 256: (128, 32, 256, 8, 2)},
     "backward_q": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (128, 64, 64, 8, 2),
-                   128: (128, 64, 128, 8, 3), 256: (32, 32, 256, 8, 1)},
+                   128: (128, 64, 128, 8, 3), 256: (64, 32, 256, 8, 2)},
     "backward_kv": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 128, 64, 8, 2),
-                    128: (64, 128, 128, 8, 2), 256: (32, 32, 256, 8, 2)},
+                    128: (64, 64, 128, 8, 2), 256: (32, 32, 256, 8, 2)},
 }  # fmt: skip
 # M queries of a window of W keys visit W + M + N of them: smaller tiles throw less away. Rows that differ.
 _WINDOWS: dict[str, dict[str, dict[int, Shape]]] = {
@@ -68,7 +68,7 @@ _WINDOWS: dict[str, dict[str, dict[int, Shape]]] = {
     "sm90": {"forward": {16: (64, 64, 16, 4, 3), 32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 3),
                          128: (64, 64, 128, 4, 3)},
              "backward_q": {64: (64, 64, 64, 4, 2), 128: (64, 64, 128, 8, 3)},
-             "backward_kv": {64: (64, 64, 64, 4, 2), 128: (64, 64, 128, 8, 2)}},
+             "backward_kv": {64: (64, 64, 64, 4, 2)}},
 }  # fmt: skip
 _WINDOWS["sm86"] = _WINDOWS["sm80"]
 # Of decode, by size of element and the widest head_dim they are for: the most rows of a tile, keys, warps,
@@ -105,6 +105,8 @@ def _table() -> dict[Key, Config]:
     table["backward_kv", "sm86", 4, 64, "full"] = Config(32, 32, 32, 4, 1)
     table["backward_q", "sm86", 8, 16, "full"] = Config(16, 16, 16, 8, 1)
     table["bias", "sm86", 8, 64, "full"] = Config(16, 16, 16, 8, 1)
+    table["decode", "sm80", 2, 16, "full"] = Config(64, 64, 16, 4, 3)
+    table["decode", "sm80", 2, 256, "full"] = Config(64, 32, 256, 8, 3)
     # Here it is shared memory that decode has less of.
     table["decode", "sm86", 2, 128, "full"] = Config(64, 64, 128, 4, 2)
     table["decode", "sm86", 2, 256, "full"] = Config(32, 32, 256, 4, 2)
@@ -181,10 +183,27 @@ def fitted(shape: Config, name: str, arch: str, size: int, pair: int) -> Config:
     return replace(shape, num_stages=stages)
 
 
-def pick(name: str, arch: str, size: int, dim: int, kind: str = "full") -> Config:
-    """The tile shape of a pass for elements of `size` bytes, heads of `dim` columns and a kind of mask."""
+def pick(name: str, arch: str, size: int, dim: int, kind: str = "full", load: str = "") -> Config:
+    """The tile shape of a pass for elements of `size` bytes, heads of `dim` columns, a kind of mask, and what
+    the call does beside the table's for each pair: nothing, "terms" or "scores".
+    """
     if _override and name in _override[-1]:
         return _override[-1][name]
     _load_tuned()
     full = TABLE[name, arch, size, width(dim), "full"]
-    return TABLE.get((name, arch, size, width(dim), kind), full)
+    found = TABLE.get((name, arch, size, width(dim), kind), full)
+    return lighter(found, name, load) if load and name in PASSES[:3] else found
+
+
+def lighter(shape: Config, name: str, load: str) -> Config:
+    """`shape` for a call with terms of its own for each pair (biases, softcap, dropout), or with scores that
+    are no product: those take registers too, which tiles of more than 64 x 64 do not leave.
+    """
+    if shape.block_m < 64:
+        return shape
+    streamed = 32 if shape.block_d >= 128 else 64
+    narrow = {"forward": False, "backward_q": shape.block_d > 128, "backward_kv": True}[name]
+    m = min(shape.block_m, streamed if narrow else 64)
+    n = min(shape.block_n, streamed if name == "forward" else 64)
+    few = name == "forward" and load == "terms" and shape.block_d <= 128
+    return replace(shape, block_m=m, block_n=n, num_warps=4 if few else 8)

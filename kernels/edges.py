@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import plain
 from .backward import load_statistics
 from .mask import row_interval
 from .softmax import logit_gradient, weigh
@@ -22,7 +23,7 @@ class Edges(NamedTuple):
     keys: Any  # [E] int32, or None likewise
     ids: Any  # [E] int64, the user's number; None where it is the place
     bias: Any = None  # [H or 1, num_edges]
-    bias_head: Any = 0
+    bias_head: Any = 0  # `runtime`
     x: Any = None  # [num_edges, De], contiguous
 
 
@@ -91,10 +92,10 @@ def kept_edges(i, j, inside, b, h, seqlen_q, seqlen_k, band, mask):
     begin, end = row_interval(i, b, h, seqlen_q, seqlen_k, band, mask)
     kept = inside & (j >= begin) & (j < end)
     if mask.keep is not None:
-        kept &= tl.load(mask.keep + b.to(tl.int64) * mask.keep_batch + j, mask=inside, other=0) != 0
+        kept &= tl.load(mask.keep + b.to(tl.int64) * plain(mask.keep_batch) + j, mask=inside, other=0) != 0
     if mask.q_ids is not None:
-        q_id = tl.load(mask.q_ids + b.to(tl.int64) * mask.q_ids_batch + i, mask=inside, other=0)
-        k_id = tl.load(mask.k_ids + b.to(tl.int64) * mask.k_ids_batch + j, mask=inside, other=0)
+        q_id = tl.load(mask.q_ids + b.to(tl.int64) * plain(mask.q_ids_batch) + i, mask=inside, other=0)
+        k_id = tl.load(mask.k_ids + b.to(tl.int64) * plain(mask.k_ids_batch) + j, mask=inside, other=0)
         kept &= q_id == k_id
     return kept
 
@@ -122,7 +123,9 @@ def edge_logits(
         else:
             s = s * scale.to(ACC)
         if edges.bias is not None:
-            bias = tl.load(edges.bias + h.to(tl.int64) * edges.bias_head + ids, mask=kept, other=0.0).to(ACC)
+            bias = tl.load(
+                edges.bias + h.to(tl.int64) * plain(edges.bias_head) + ids, mask=kept, other=0.0
+            ).to(ACC)
             s = tl.where(bias == float("-inf"), bias, tl.maximum(s + bias, -1e11))
     return tl.where(kept, s, float("-inf")), bent
 

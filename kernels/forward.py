@@ -5,12 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import RUNTIME
 from .mask import block_intervals, kept_pairs, key_ranges
 from .softmax import RELU, SIGMOID, SOFTMAX, SOFTMAX1, online_softmax, row_lse, weigh
 from .tile import (
     cached_keys,
     dot,
     dropout_kept,
+    fresh,
     load_listed,
     load_rows,
     logits,
@@ -85,16 +87,13 @@ def attend_tile(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "blocks", "left_end", "right_end", "left_start", "right_start", "rel_size",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def tiled_forward(
     q, k, v, out, lse, terms, mask, packed, tiles,
     seqlen_q, seqlen_k, blocks, left_end, right_end, left_start, right_start, rel_size,
     S: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """`tiles`: of a graph, (row pointers, ends of the whole tiles, columns, numbers), else empty."""
-    ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
     COLUMNS: tl.constexpr = (S.dim_v + BLOCK_DV - 1) // BLOCK_DV
     program = tl.program_id(0)
     column = (program % COLUMNS) * BLOCK_DV
@@ -114,7 +113,7 @@ def tiled_forward(
     v_base = rows_at(v, b, h // S.group, k_begin)
     q_tile = load_rows(q, q_base, block * M, i < seqlen_q, 0, S.dim, M, BLOCK_D, S.far)
 
-    acc = tl.zeros((M, BLOCK_DV), ACC)
+    acc = fresh(blocks, M, BLOCK_DV, S)
     peak, total = first_state(h, terms, unit, S, M)
     if terms.extra_k is not None:
         acc, peak, total = attend_tile(
@@ -170,15 +169,23 @@ def tiled_forward(
 
 
 @triton.jit
+def divided(acc, total, terms, S: tl.constexpr):
+    """The rows of out, of their whole state."""
+    if S.dropout:
+        acc = acc * number(terms, 3).to(acc.dtype)
+    if S.activation == SOFTMAX or S.activation == SOFTMAX1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    return acc
+
+
+@triton.jit
 def finish_tile(
     acc, peak, total, i, column, out, lse, b, h, q_begin, seqlen_q, terms, unit,
     S: tl.constexpr, M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """From a query tile's whole state to its rows of out and lse."""
-    if S.dropout:
-        acc = acc * number(terms, 3).to(acc.dtype)
+    acc = divided(acc, total, terms, S)
     if S.activation == SOFTMAX or S.activation == SOFTMAX1:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         rows = vector_at(lse, b, h, q_begin) + i
         tl.store(rows, row_lse(peak, total, unit), mask=(i < seqlen_q) & (column == 0))
     first = tl.min(i, 0)

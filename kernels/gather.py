@@ -11,14 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import RUNTIME
 from .edges import edge_logits, edge_numbers, item_of, kept_edges, load_at, load_features, store_at
 from .softmax import RELU, SIGMOID, SOFTMAX1, row_lse, weigh
 from .tile import number, pair_stays, rows_at, unit_of, vector_at
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "items", "slots",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def gather_forward(
     q, k, v, edge_q, out, out_edge, lse, parts, edges, work, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, items, slots,
@@ -120,7 +119,7 @@ def finish_row(
         store_at(out_edge, rows_at(out_edge, b, h, zero), row, mixed, True, EDGE, DE)
 
 
-@triton.jit(do_not_specialize=["cut", "slots"])
+@triton.jit(do_not_specialize=RUNTIME)
 def merge_rows(
     out, out_edge, lse, parts, cut_row, cut_first, terms, cut, slots,
     S: tl.constexpr, DV: tl.constexpr, DE: tl.constexpr, EDGE: tl.constexpr,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import RUNTIME, plain
 from .edges import (
     edge_gradients,
     edge_numbers,
@@ -21,9 +22,7 @@ from .edges import (
 from .tile import DOT, joint, joint_slope, number, rows_at, unit_of
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "items", "slots",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def gather_backward_rows(
     q, k, v, edge_q, dout, dout_edge, dq, dedge_q, dweight, stats, parts, edges, work, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, items, slots,
@@ -90,9 +89,7 @@ def gather_backward_rows(
         tl.store(at, dw * scale, mask=d < S.dim)
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "items", "slots",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def gather_backward_keys(
     q, k, v, edge_q, dout, dout_edge, dk, dv, stats, parts, edges, work, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, items, slots,
@@ -150,7 +147,7 @@ def gather_backward_keys(
         store_at(dv, rows_at(dv, b, hk, zero), key, dv_acc, True, S.dim_v, DV)
 
 
-@triton.jit(do_not_specialize=["cut", "slots"])
+@triton.jit(do_not_specialize=RUNTIME)
 def sum_pieces(
     first_grad, second_grad, parts, cut_row, cut_first, cut, slots,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM2: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
@@ -174,9 +171,7 @@ def sum_pieces(
         store_at(second_grad, rows_at(second_grad, b, h, zero), row, two, True, DIM2, D2)
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "count", "batch",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def gather_backward_edges(
     q, k, v, edge_q, dout, dout_edge, dedge_bias, dedge_x, stats, edges, terms, mask,
     seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, count, batch,
@@ -223,7 +218,7 @@ def gather_backward_edges(
                 sent = scale * dscore[:, None] * eqt + used[:, None] * deot
                 x_grad += tl.where(seen[:, None], sent, 0.0)
         if PER_HEAD and dedge_bias is not None:
-            tl.store(dedge_bias + h.to(tl.int64) * edges.bias_head + ids, bias_grad, mask=inside)
+            tl.store(dedge_bias + h.to(tl.int64) * plain(edges.bias_head) + ids, bias_grad, mask=inside)
     if not PER_HEAD and dedge_bias is not None:
         tl.store(dedge_bias + ids, bias_grad, mask=inside)
     if dedge_x is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import runtime
 from .backward import Statistics, row_statistics, tiled_backward_kv, tiled_backward_q
 from .call import Call, blocks_of, cdiv, on_device
 from .config import Config
@@ -49,6 +50,7 @@ def backward(
             grad.zero_()
         return
     with on_device(dout):
+        dout = call.near(dout)
         state = (call.rows(dout), statistics(call, dout, dlse, out, lse))
         if needs & (_QUERY | _WEIGHT):
             _queries(call, state, dq if needs & _QUERY else None, dweight if needs & _WEIGHT else None)
@@ -83,7 +85,7 @@ def statistics(
     lse = lse.contiguous()  # what is found lies as it does; vmap gives expanded ones
     found = torch.empty((3, *lse.shape), dtype=wide, device=lse.device)
     row = call.vector(lse)
-    stats = Statistics(found, lse.numel(), row.batch, row.head)
+    stats = Statistics(found, runtime(lse.numel()), row.batch, row.head)
     shape = call.config("backward_q")
     blocks = cdiv(call.seqlen_q, shape.block_m)
     if call.has_lse and blocks * call.heads * call.batch:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import runtime
 from .call import Call, cdiv, on_device
 from .edges import Edges, Items
 from .gather import gather_forward, merge_rows
@@ -42,7 +43,7 @@ class GatherCall:
 
     def edges(self, rows: Tensor | None, keys: Tensor | None, ids: Tensor | None) -> Edges:
         bias, x = self.edge_bias, self.edge_x
-        bias_head = 0 if bias is None or bias.shape[0] == 1 else bias.stride(0)
+        bias_head = runtime(0 if bias is None or bias.shape[0] == 1 else bias.stride(0))
         return Edges(rows, keys, ids, bias, bias_head, None if x is None else x.contiguous())
 
     def inputs(self) -> tuple[Rows | None, ...]:

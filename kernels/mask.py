@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import plain
+
 UNBOUNDED = 1 << 30  # positions are int32 in the kernels; a bound no position reaches
 
 
@@ -143,11 +145,11 @@ def kept_pairs(
         kept = (key >= across(begin, TRANSPOSED)) & (key < across(end, TRANSPOSED))
         if mask.keep is not None:
             inside = (j >= 0) & (j < seqlen_k)
-            shown = tl.load(mask.keep + b.to(tl.int64) * mask.keep_batch + j, mask=inside, other=0)
+            shown = tl.load(mask.keep + b.to(tl.int64) * plain(mask.keep_batch) + j, mask=inside, other=0)
             kept &= across(shown, not TRANSPOSED) != 0
         if mask.q_ids is not None:
-            q_at = mask.q_ids + b.to(tl.int64) * mask.q_ids_batch + i
-            k_at = mask.k_ids + b.to(tl.int64) * mask.k_ids_batch + j
+            q_at = mask.q_ids + b.to(tl.int64) * plain(mask.q_ids_batch) + i
+            k_at = mask.k_ids + b.to(tl.int64) * plain(mask.k_ids_batch) + j
             q_id = tl.load(q_at, mask=i < seqlen_q, other=0)
             k_id = tl.load(k_at, mask=(j >= 0) & (j < seqlen_k), other=0)
             kept &= across(q_id, TRANSPOSED) == across(k_id, not TRANSPOSED)

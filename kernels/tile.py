@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import plain
 from .mask import across
 
 DOT, ADDITIVE, GATV2 = (tl.constexpr(n) for n in range(3))
@@ -28,7 +29,9 @@ class Rows(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """One number for each row: [B, H, S], or [H, total] of packed sequences with batch stride 0."""
+    """One number for each row: [B, H, S], or [H, total] of packed sequences with batch stride 0. `runtime`
+    strides.
+    """
 
     ptr: Any
     batch: Any
@@ -43,7 +46,7 @@ class Packed(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Where the keys of a cache lie. None: in a row of the batch, one after the other."""
+    """Where the keys of a cache lie. None: in a row of the batch, one after the other. `runtime` strides."""
 
     lengths: Any  # [B] int64, the keys in use
     page_table: Any = None  # [B, pages] int32; k and v are [num_pages, Hk, page_size, .]
@@ -69,7 +72,7 @@ class Terms(NamedTuple):
     seed: Any = None  # [1] int64
     numbers: tuple[int, ...] = ()  # scale, softcap, slope, 1 / (1 - dropout_p): the bits of a double each
     threshold: Any = 0  # lanes below this are dropped
-    rel_batch: Any = 0  # strides of a relative bias by query
+    rel_batch: Any = 0  # strides of a relative bias by query, `runtime` ones
     rel_head: Any = 0
     rel_start: Any = None  # [B + 1], where sequences begin in it
 
@@ -125,7 +128,7 @@ def rows_at(x, b, h, begin):
 
 @triton.jit
 def vector_at(x, b, h, begin):
-    return x.ptr + b.to(tl.int64) * x.batch + h.to(tl.int64) * x.head + begin
+    return x.ptr + b.to(tl.int64) * plain(x.batch) + h.to(tl.int64) * plain(x.head) + begin
 
 
 @triton.jit
@@ -161,15 +164,15 @@ def load_rows(
 def cached_keys(x, cache, b, j, inside):
     """[N] int64: where keys j of sequence b begin, from the head's first number of the cache."""
     b = b.to(tl.int64)
-    row = j.to(tl.int64)
-    lane = b + row * 0
+    row = j
+    lane = b + j.to(tl.int64) * 0
     if cache.page_table is not None:
-        at = cache.page_table + b * cache.page_batch + row // cache.page_size
+        at = cache.page_table + b * plain(cache.page_batch) + row // cache.page_size
         lane = tl.load(at, mask=inside, other=0).to(tl.int64)
         row = row % cache.page_size
     if cache.beam is not None:
-        lane = tl.load(cache.beam + b * cache.beam_batch + row, mask=inside, other=0).to(tl.int64)
-    return lane * x.batch + row * x.row
+        lane = tl.load(cache.beam + b * plain(cache.beam_batch) + row, mask=inside, other=0).to(tl.int64)
+    return lane * x.batch + row.to(tl.int64) * x.row
 
 
 @triton.jit
@@ -189,6 +192,20 @@ def store_rows(
     r = first + tl.arange(0, ROWS)
     c = column + tl.arange(0, COLS)
     tl.store(at, values.to(x.ptr.dtype.element_ty), mask=(r < end)[:, None] & (c < DIM)[None, :])
+
+
+@triton.jit
+def fresh(count, ROWS: tl.constexpr, COLS: tl.constexpr, S: tl.constexpr):
+    """Zeros for a loop of products to add to; `count` is a run-time number that is never negative, and of
+    each accumulator of a kernel another. The compiler must not know that they are zeros: constants it would
+    set anew on the way around an empty loop, and ptxas, which sees accumulators set where a wgmma may be
+    under way, then makes each wgmma of the kernel wait for the one before it.
+    """
+    if S.wide or ROWS < 64:  # no wgmma
+        return tl.zeros((ROWS, COLS), tl.float64 if S.wide else tl.float32)
+    else:
+        at = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        return (at & tl.minimum(count, 0)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -319,7 +336,8 @@ def relative_rows(x, i, b, h, rel_size, terms):
     row = i.to(tl.int64)
     if terms.rel_start is not None:
         row += tl.load(terms.rel_start + b)
-    return x + b.to(tl.int64) * terms.rel_batch + h.to(tl.int64) * terms.rel_head + row * rel_size
+    head = x + b.to(tl.int64) * plain(terms.rel_batch) + h.to(tl.int64) * plain(terms.rel_head)
+    return head + row * rel_size
 
 
 @triton.jit

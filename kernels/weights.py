@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import RUNTIME
 from .backward import load_statistics
 from .bias import tile_of
 from .call import Call, blocks_of, cdiv, on_device
@@ -27,9 +28,7 @@ def dropped(p, i, at, b, h, terms, S: tl.constexpr, N: tl.constexpr, ALIGNED: tl
         return p
 
 
-@triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "columns", "left_end", "right_end", "left_start", "right_start", "rel_size",
-])  # fmt: skip
+@triton.jit(do_not_specialize=RUNTIME)
 def attention_weights(
     q, k, weights, stats, terms, mask, packed, tiles,
     seqlen_q, seqlen_k, columns, left_end, right_end, left_start, right_start, rel_size,

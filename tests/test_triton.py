@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,44 @@ def test_tuning_keeps_the_fastest_rows(tmp_path: Path, monkeypatch: pytest.Monke
     config.load(path)
     first = tuple(rows[0]["key"])
     assert config.TABLE[first] == replace(best[first], num_warps=16)
+
+
+def test_offsets_of_a_gradient_fit_the_kernels() -> None:
+    """Inside of a tile they are 32 bits wide, but where q, k or v needs more."""
+    from saccade.kernels.call import Call
+
+    def strided(row: int) -> torch.Tensor:
+        return torch.empty_strided((1, 1, 2, 8), (0, 0, row, 1), device="meta")
+
+    numbers: list[Any] = [[], [1 << 62] * 4, [], 0, 0, 0, 0, 1.0, 0.0, 0.0, 0.0, 0]
+    for row, moved in ((1 << 20, False), (1 << 23, True)):
+        call, dout = Call(*[strided(8)] * 3, *[None] * 17, *numbers), strided(row)
+        assert (call.near(dout) is not dout) == moved and not call.static().far
+        assert Call(dout, *[strided(8)] * 2, *[None] * 17, *numbers).near(dout) is dout
+
+
+@pytest.mark.parametrize(("setting", "wanted"), [
+    ("pass", "ieee"), ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+])  # fmt: skip
+def test_products_of_fp32_are_as_exact_as_torchs(setting: str, wanted: str) -> None:
+    """In a process of its own: some settings cannot be undone."""
+    program = f"""
+import torch
+from saccade.kernels.call import Call
+{setting}
+q = torch.empty(1, 1, 4, 16)
+numbers = [[], [1 << 62] * 4, [], 0, 0, 0, 0, 1.0, 0.0, 0.0, 0.0, 0]
+for dtype in (torch.float32, torch.bfloat16):
+    x = q.to(dtype)
+    print(Call(x, x, x, *[None] * 17, *numbers).static().precision)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [wanted, "ieee"]
 
 
 def test_every_architecture_has_a_column() -> None:

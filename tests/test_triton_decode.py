@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
 import pytest
 import saccade
 import torch
-from saccade import ALiBi, Band, Causal, KeyPadding, Segments, Window
+from saccade import ALiBi, Band, Causal, Chunks, KeyPadding, Segments, Window
 from saccade.autograd import attend
 from saccade.backends import reference
 from saccade.ops import DECODE
@@ -194,6 +195,113 @@ def test_a_key_tile_is_read_once_for_its_heads(
     check(make_inputs(Shape(2, 2 * group, 2, seqlen_q, KEYS, 16, 16)), None)
     tiles = -(-KEYS // config.pick("decode", "sm80", 4, 16).block_n)
     assert len(read) == 2 * 2 * tiles and set(read.values()) == {times}
+
+
+class Counted:
+    """The launches of each kernel, by their programs, whether they had a place for partial results, and the
+    key tiles that were gone through.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.programs: dict[str, list[int]] = {"decode_split": [], "merge_splits": []}
+        self.partial: list[bool] = []
+        self.visits: Counter[tuple[int, int, int]] = Counter()  # sequence, head, key tile
+        for name in self.programs:
+            monkeypatch.setattr(decode, name, self._launches(name, getattr(decode, name)))
+        attend_tile = decode.attend_tile
+
+        def spy(*args: Any) -> Any:
+            self.visits[int(args[17]), int(args[18].handle.data.min()), int(args[13])] += 1
+            return attend_tile(*args)
+
+        monkeypatch.setattr(decode, "attend_tile", spy)
+
+    def _launches(self, name: str, kernel: Any) -> Any:
+        counted = self
+
+        class Launch:
+            def __getitem__(self, grid: tuple[int]) -> Any:
+                counted.programs[name].append(grid[0])
+
+                def launch(*args: Any, **options: Any) -> None:
+                    counted.partial.append(args[5] is not None)
+                    kernel[grid](*args, **options)
+
+                return launch
+
+        return Launch()
+
+
+LONG = 1500
+
+
+@pytest.mark.parametrize(("mask", "seqlen_q", "splits"), [
+    (None, 1, 6), (Causal(), 3, 6),
+    (Window(30, 0), 1, 1), (Window(255, 0), 1, 1), (Window(256, 0), 1, 2), (Window(1023, 0), 1, 4),
+    (Window(1023, 0), 4, 5), (Window(40, 40), 4, 1), (Window(LONG + 9, 0), 1, 6),
+    (Band(None, -1200), 1, 6), (Band(None, 500, align="start"), 2, 2), (Chunks(128, 0, align="end"), 1, 1),
+    (Band(torch.tensor([30, 700, 5, 90]), torch.tensor([0, 0, 0, -9])), 2, 6),
+    (Band(torch.tensor([30, 700, 5, 90]), 0) & Window(300, 0), 1, 2),
+    (Band(torch.tensor([-9, 700, -9, 90]), 0), 1, 6), (Band(-9, 0), 1, 1),  # rows that keep nothing
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("by_length", [False, True])
+def test_splits_are_cut_from_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, mask: Any, seqlen_q: int, splits: int, by_length: bool
+) -> None:
+    """Each key tile of the window is visited once, and no other; where one split is enough there is one
+    launch, and nothing to merge.
+    """
+    monkeypatch.setattr(decode, "_SPLIT_KEYS", 256)
+    counted = Counted(monkeypatch)
+    q, k, v = (x.detach() for x in make_inputs(Shape(2, 4, 2, seqlen_q, LONG, 16, 16)))
+    lengths = torch.tensor([LONG, 70])
+    layout = cache_layout(q, k, lengths, None, None) if by_length else None
+    check((q, k, v), mask, layout)
+    assert counted.programs["decode_split"] == [2 * 2 * splits]
+    assert counted.programs["merge_splits"] == ([] if splits == 1 else [2 * 4 * seqlen_q])
+    assert counted.partial[0] == (splits > 1)
+    tile = config.pick("decode", "sm80", 4, 16).block_n
+    want: Counter[tuple[int, int, int]] = Counter()
+    for b, h in itertools.product(range(2), range(0, 4, 2)):
+        seqlen_k = int(lengths[b]) if by_length else LONG
+        kept = (Window(LONG, LONG) if mask is None else mask).materialize(seqlen_q, seqlen_k)
+        kept = kept.expand(2, 4, seqlen_q, seqlen_k)[b, h : h + 2].flatten(0, -2).any(0).nonzero()
+        if kept.numel():
+            first, last = int(kept.min()) // tile * tile, int(kept.max()) + 1
+            want.update((b, h, j0) for j0 in range(first, last, tile))
+    assert counted.visits == want
+
+
+def test_a_window_of_a_long_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """17 tiles of 64 keys of a cache of 100,000, in 4 splits."""
+    monkeypatch.setattr(decode, "_SPLIT_KEYS", 256)
+    counted = Counted(monkeypatch)
+    q, k, v = (torch.randn(1, 2, n, 16, dtype=BF16) for n in (1, 100_000, 100_000))
+    lengths = torch.tensor([99_990])
+    check((q, k, v), Window(1023, 0), cache_layout(q, k, lengths, None, None))
+    assert counted.programs == {"decode_split": [2 * 4], "merge_splits": [2]}
+    tile = config.pick("decode", "sm80", 2, 16).block_n
+    assert set(counted.visits.values()) == {1}
+    assert len(counted.visits) == 2 * (-(-99_990 // tile) - (99_990 - 1024) // tile)
+
+
+@pytest.mark.parametrize("kind", ["none", "contiguous", "pages", "beam"])
+@pytest.mark.parametrize("terms", ["plain", "sink", "softmax1", "sigmoid", "dropout", "shaw", "gatv2"])
+def test_one_split_writes_results_itself(monkeypatch: pytest.MonkeyPatch, kind: str, terms: str) -> None:
+    """Grouped heads, queries beyond a tile's, empty rows: no partial results are made."""
+    monkeypatch.setattr(decode, "_SPLIT_KEYS", KEYS)
+    counted = Counted(monkeypatch)
+    q, k, v = (x.detach() for x in make_inputs(Shape(2, 24, 2, 5, KEYS, 24, 9)))
+    options, mask = terms_of(terms, 24, 24), Window(30, 0)
+    if kind == "none":
+        check((q, k, v), mask, **options)
+    else:
+        lengths = torch.tensor([KEYS, 3])  # of five queries two see nothing
+        caches, where = cached(kind, k, v, lengths)
+        layout = cache_layout(q, caches[0], lengths, where.get("page_table"), where.get("beam"))
+        check((q, *caches), mask, layout, **options)
+    assert counted.programs == {"decode_split": [2 * 2 * 2], "merge_splits": []}
+    assert counted.partial == [False]
 
 
 def test_rows_of_a_tile() -> None:

@@ -11,6 +11,7 @@ prints a JSON line for each kernel: architecture, bytes of an element, head_dim 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import triton
+import triton_wgmma
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -80,8 +82,9 @@ def facts(kernel: Any, sass: bool) -> dict[str, Any]:
         result = {"shared": kernel.metadata.shared, "registers": registers, "stack": stack + local}
         if sass:
             code = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True).stdout
-            names = ("HGMMA", "HMMA", "DMMA", "LDGSTS", "LDSM", "MUFU.EX2")
+            names = ("HGMMA", "HMMA", "DMMA", "LDGSTS", "LDSM", "MUFU.EX2", "WARPGROUP.DEPBAR")
             result["instructions"] = {n: len(re.findall(rf"\b{re.escape(n)}", code)) for n in names}
+            result["hazards"] = triton_wgmma.hazards(code)
     return result
 
 
@@ -142,7 +145,9 @@ def launch_pass(name: str, dtype: torch.dtype, dim: int, kind: str, dropout: boo
 
 
 def launch_decode(dtype: torch.dtype, dim: int) -> None:
-    """Decode with each number of rows that a tile may have: a causal call with lengths."""
+    """Decode with each number of rows that a tile may have, and of splits: a causal call with lengths, and
+    one with a window, which one split serves.
+    """
     from saccade.kernels import decode
     from saccade.kernels.call import Call
     from saccade.maskbase import UNBOUNDED
@@ -151,14 +156,14 @@ def launch_decode(dtype: torch.dtype, dim: int) -> None:
         return torch.empty(shape, dtype=kind, device="meta")
 
     lengths, k, compiled = empty(2, kind=torch.int64), empty(2, 1, 4096, dim), set()
-    for heads in (1, 32, 64):  # of one key head
+    for heads, left in itertools.product((1, 32, 64), (UNBOUNDED, 99)):  # of one key head
         call = Call(
             empty(2, heads, 1, dim), k, k, *[None] * 14, lengths, None, None, [],
-            [UNBOUNDED, 0, UNBOUNDED, UNBOUNDED], [], 1, 4096, 0, 0, dim**-0.5, 0.0, 0.0, 0.0, 1,
+            [left, 0, UNBOUNDED, UNBOUNDED], [], 1, 4096, 0, 0, dim**-0.5, 0.0, 0.0, 0.0, 1,
         )  # fmt: skip
-        rows = decode.tile_shape(call)[0].block_m
-        if rows not in compiled:
-            compiled.add(rows)
+        variant = decode.tile_shape(call)[0].block_m, left
+        if variant not in compiled:
+            compiled.add(variant)
             decode.forward(call, torch.empty_like(call.q), empty(2, heads, 1, kind=torch.float64))
 
 
@@ -233,11 +238,11 @@ def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
                     weights(call, lse, empty(*shape), average)
         _print(name, arch, found)
     caches: dict[str, dict[str, Any]] = {
-        "cache": {"seqused_k": longs(batch), "max_q": 1, "max_k": n},
-        "pages": {"seqused_k": longs(batch), "page_table": ints(batch, 16), "max_q": 1, "max_k": n,
+        "cache": {"seqused_k": longs(batch), "max_q": 1, "max_k": 4 * n, "sink": floats(heads)},
+        "pages": {"seqused_k": longs(batch), "page_table": ints(batch, 64), "max_q": 1, "max_k": 4 * n,
                   "k": empty(32, heads_k, 16, dim), "v": empty(32, heads_k, 16, dim)},
-        "beam": {"seqused_k": longs(batch), "beam": ints(batch, n), "max_q": 1, "max_k": n, "score": 1,
-                 "weight": floats(heads, dim)},
+        "beam": {"seqused_k": longs(batch), "beam": ints(batch, 4 * n), "max_q": 1, "max_k": 4 * n,
+                 "score": 1, "weight": floats(heads, dim)},
     }  # fmt: skip
     few = replace(plain, q=empty(batch, heads, 1, dim))
     for name, change in caches.items():
@@ -245,7 +250,9 @@ def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
             continue
         with compiling(CAPABILITY[arch]) as found:
             row = empty(batch, heads, 1, kind=torch.float64)
-            decode.forward(replace(few, **change), empty(batch, heads, 1, dim), row)
+            for left in (UNBOUNDED, 99):  # in several splits, and in one
+                band = [left, 0, UNBOUNDED, UNBOUNDED]
+                decode.forward(replace(few, **change, band=band), empty(batch, heads, 1, dim), row)
         _print(name, arch, found)
     work = [ints(40), longs(40), longs(40), ints(40), ints(3), ints(4)]
     edge_terms = {
@@ -281,6 +288,8 @@ def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
 def _print(name: str, arch: str, found: list[tuple[str, Any]]) -> None:
     for kernel_name, kernel in found:
         line = {"variant": name, "kernel": kernel_name, "shared": kernel.metadata.shared, "arch": arch}
+        if arch == "sm90" and kernel_name.startswith(("tiled", "decode")):
+            line |= facts(kernel, True)
         print(json.dumps(line), flush=True)
 
 

@@ -100,9 +100,13 @@ def _table() -> dict[Key, Config]:
             for size, by_dim in _DECODE.items():
                 m, n, warps, stages = by_dim[min(widest for widest in by_dim if dim <= widest)]
                 table["decode", arch, size, dim, "full"] = Config(m, n, dim, warps, stages)
+        table["backward_q", arch, 4, 32, "full"] = Config(32, 32, 32, 4, 1)
     # On sm_86 the compiler aims at fewer registers, and these would spill.
+    for dim in (16, 32):
+        table["decode", "sm86", 4, dim, "full"] = Config(32, 32, dim, 8, 2)
     table["backward_q", "sm86", 4, 64, "full"] = Config(32, 16, 32, 8, 1)
-    table["backward_kv", "sm86", 4, 64, "full"] = Config(32, 32, 32, 4, 1)
+    for dim in (64, 128, 256):
+        table["backward_kv", "sm86", 4, dim, "full"] = Config(32, 32, 32, 4, 1)
     table["backward_q", "sm86", 8, 16, "full"] = Config(16, 16, 16, 8, 1)
     table["bias", "sm86", 8, 64, "full"] = Config(16, 16, 16, 8, 1)
     table["decode", "sm80", 2, 16, "full"] = Config(64, 64, 16, 4, 3)

@@ -54,8 +54,8 @@ class GradParams(Params):
 class GatherParams(GradParams):
     _fields_ = _fields("""
         indptr:p indices:p edge_ids:p edges:l num_edges:l t_indptr:p t_rows:p t_edges:p edge_bias:p
-        edge_bias_head:l edge_q:rows edge_x:rows out_edge:rows edge_dim:l dout_edge:rows dedge_q:rows
-        dedge_bias:p dedge_x:p""")
+        edge_bias_head:l edge_q:rows edge_x:rows out_edge:rows edge_dim:l joint_dim:l dout_edge:rows
+        dedge_q:rows dedge_bias:p dedge_x:p""")
 
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}

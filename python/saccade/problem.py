@@ -367,7 +367,7 @@ def _number(name: str, value: Any) -> float:
 def _positive(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0 < number < inf:
-        raise ValueError(f"{name}: expected a positive, finite number or None, got {value}")
+        raise ValueError(f"{name}: expected a positive number below infinity, or None, got {value}")
     return number
 
 

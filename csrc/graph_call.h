@@ -9,7 +9,6 @@ struct GraphCall : Call {
   GatherParams p;
   Tensor indptr, indices;
   OptionalTensor edge_ids, edge_bias, edge_q, edge_x;
-  int64_t num_edges = 0;
 
   // Rows must be contiguous along head_dim: copies are made where they are not.
   static Tensor dense_rows(const Tensor& t) {
@@ -24,7 +23,6 @@ struct GraphCall : Call {
     edge_bias = s.next<OptionalTensor>();
     edge_q = s.next<OptionalTensor>();
     edge_x = s.next<OptionalTensor>();
-    num_edges = s.next<int64_t>();
     for (Tensor* t : {&q, &k, &*v}) *t = dense_rows(*t);
     if (edge_q) edge_q = dense_rows(*edge_q);
     fill(p);
@@ -32,7 +30,8 @@ struct GraphCall : Call {
     p.indices = static_cast<const int32_t*>(indices.const_data_ptr());
     p.edge_ids = pointer<int64_t>(edge_ids);
     p.edges = indices.size(0);
-    p.num_edges = num_edges;
+    // An intersection of graphs keeps the numbers of edges that it leaves out.
+    p.num_edges = edge_bias ? edge_bias->size(1) : edge_x ? edge_x->size(0) : p.edges;
     p.edge_bias = pointer<void>(edge_bias);
     p.edge_bias_head = edge_bias && edge_bias->size(0) > 1 ? edge_bias->stride(0) : 0;
     if (!edge_q) return;
@@ -125,16 +124,16 @@ struct GraphBackward : GraphCall {
       gradients.push_back(empty(p.needs & need ? sizes : std::vector<int64_t>{0}, acc, q));
       // Edges that an intersection left out have numbers too, and batches may be empty: no gradient.
       if (!(p.needs & need)) return;
-      if (p.edges < num_edges || !p.batch) torch::stable::zero_(gradients.back());
+      if (p.edges < p.num_edges || !p.batch) torch::stable::zero_(gradients.back());
       data = gradients.back().mutable_data_ptr();
     };
     like(kNeedQ, q, p.dq);
     like(kNeedK, k, p.dk);
     like(kNeedV, *v, p.dv);
     sized(kNeedWeight, {p.heads, p.head_dim}, p.dweight);
-    sized(kNeedEdgeBias, {edge_bias ? edge_bias->size(0) : 0, num_edges}, p.dedge_bias);
+    sized(kNeedEdgeBias, {edge_bias ? edge_bias->size(0) : 0, p.num_edges}, p.dedge_bias);
     like(kNeedEdgeQ, edge_q ? *edge_q : q, p.dedge_q);
-    sized(kNeedEdgeX, {num_edges, edge_x ? edge_x->size(1) : 0}, p.dedge_x);
+    sized(kNeedEdgeX, {p.num_edges, edge_x ? edge_x->size(1) : 0}, p.dedge_x);
   }
   void give_gradients(StableIValue* stack) const {
     for (size_t i = 0; i < gradients.size(); ++i) give(stack, int(i), gradients[i]);

@@ -188,8 +188,7 @@ void cuda_archs(StableIValue* stack, uint64_t, uint64_t) {
   ", int score, int activation, float scale, float softcap, float slope, float dropout_p, int body"
 
 #define SACCADE_GRAPH_ARGS                                                                                   \
-  "Tensor indptr, Tensor indices, Tensor? edge_ids, Tensor? edge_bias, Tensor? edge_q, Tensor? edge_x, int " \
-  "num_edges"
+  "Tensor indptr, Tensor indices, Tensor? edge_ids, Tensor? edge_bias, Tensor? edge_q, Tensor? edge_x"
 
 STABLE_TORCH_LIBRARY(saccade, m) {
   m.def("gather_forward(" SACCADE_CALL_ARGS ", " SACCADE_GRAPH_ARGS

@@ -148,3 +148,51 @@ def test_a_convolution_on_edge_indices_says_so() -> None:
     run = compiled(layer, fullgraph=False)
     for _ in range(2):
         torch.testing.assert_close(run(x, edges), layer(x, edges))
+
+
+def random_edges(nodes: int, edges: int) -> Tensor:
+    draw = torch.Generator().manual_seed(nodes)
+    return torch.randint(nodes, (2, edges), generator=draw)
+
+
+SIZES = [(70 + 7 * n, 300 + 41 * n) for n in range(8)]
+
+
+@pytest.mark.skipif(not saccade.ops.LOADED, reason="no operator library")
+def test_graphs_of_any_size_share_a_compilation() -> None:
+    """The second graph opens the lengths; from there on nothing is compiled again."""
+    run = compiled(lambda x, graph: saccade.attention(x, x, x, graph))
+    for step, (nodes, edges) in enumerate(SIZES):
+        graph = saccade.Graph.from_edge_index(random_edges(nodes, edges).unique(dim=1), nodes).prepare()
+        x = torch.randn(1, 2, nodes, 8, requires_grad=True)
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            got, want = run(x, graph), saccade.attention(x, x, x, graph)
+        torch.testing.assert_close(got, want)
+        grads = (torch.autograd.grad(out.pow(2).sum(), x)[0] for out in (got, want))
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.skipif(not saccade.ops.LOADED, reason="no operator library")
+@pytest.mark.parametrize("kind", ["TransformerConv", "GATConv", "GATv2Conv"])
+def test_edge_indices_of_any_size_share_their_compilations(kind: str) -> None:
+    """What is built from their values is built outside; what is compiled is not compiled for each."""
+    layer = getattr(saccade.nn, kind)(8, 4, heads=2)
+    run = compiled(layer, fullgraph=False)
+    for step, (nodes, edges) in enumerate(SIZES):
+        x, index = torch.randn(nodes, 8), random_edges(nodes, edges)
+        with torch._dynamo.config.patch(error_on_recompile=step > 2):
+            torch.testing.assert_close(run(x, index), layer(x, index))
+
+
+def test_many_empty_tiles_are_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit for every pair of a large random graph would take a thousand times the memory of its edges."""
+    monkeypatch.setattr(saccade.graph, "_MANY_TILES", 10)
+    sparse = saccade.Graph.from_edge_index(torch.arange(2000).expand(2, -1), 2000).prepare()
+    assert sparse.num_tiles == 32 and "tiles" in sparse._cache  # 62 edges in each
+    pairs = torch.stack([torch.arange(2000), (torch.arange(2000) * 777) % 2000])
+    empty = saccade.Graph.from_edge_index(pairs, 2000).prepare()
+    assert empty.num_tiles > 500 and "tiles" not in empty._cache
+    x = torch.randn(1, 2, 2000, 4)
+    bias = torch.randn(1, 1, 2000, 2000)
+    want = saccade.attention(x, x, x, empty, bias=bias, backend="reference")
+    torch.testing.assert_close(saccade.attention(x, x, x, empty, bias=bias), want)

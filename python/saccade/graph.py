@@ -4,16 +4,17 @@ first needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernels.config import ITEM
-from .maskbase import Dims, Index, Mask, not_traced, set_fields
+from .maskbase import Dims, Index, Mask, set_fields, untraced
 
 TILE = 64  # rows and columns of a tile: one 64-bit word per row
+_MANY_TILES = 1 << 17  # 64 MiB of bits
 _MAKING = "a Graph made from the values of tensors: make it before, and .prepare() it"
 
 
@@ -60,13 +61,13 @@ class Graph(Mask):
     # ---------------------------------------------------------------------------------------------
 
     @staticmethod
+    @untraced(_MAKING)
     def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int]) -> Graph:
         """`edge_index` [2, E] ints: row 0 the source (key), row 1 the target (query), as in PyTorch
         Geometric.
 
         `num_nodes` is an int or `(num_sources, num_targets)`. Raises ValueError for an index out of range.
         """
-        not_traced(_MAKING)
         if not isinstance(edge_index, Tensor):
             raise TypeError(f"edge_index: expected a tensor [2, E], got {type(edge_index).__name__}")
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
@@ -79,11 +80,11 @@ class Graph(Mask):
         return _from_pairs(queries, keys, num_queries, num_keys)
 
     @staticmethod
+    @untraced(_MAKING)
     def from_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Graph:
         """Row i of the CSR matrix [Sq, num_keys] holds the keys of query i: `indices[indptr[i]:indptr[i +
         1]]`.
         """
-        not_traced(_MAKING)
         for name, value in (("indptr", indptr), ("indices", indices)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -100,13 +101,13 @@ class Graph(Mask):
         return _from_pairs(_rows_of(indptr, indices.numel()), indices, indptr.numel() - 1, num_keys)
 
     @staticmethod
+    @untraced(_MAKING)
     def from_dense(mask: Tensor) -> Graph:
         """`mask` [Sq, Sk] bool (True = keep), or a sparse COO/CSR tensor of that shape whose entries are the
         edges.
 
         Edges are numbered row by row; those of a COO tensor in the order of its indices.
         """
-        not_traced(_MAKING)
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: expected a tensor [Sq, Sk], got {type(mask).__name__}")
         if mask.dim() != 2:
@@ -138,16 +139,15 @@ class Graph(Mask):
         first = graphs[0]
         if any((g.num_queries, g.num_keys) != (first.num_queries, first.num_keys) for g in graphs):
             raise ValueError(f"mask: expected graphs of one size, got {' & '.join(map(repr, graphs))}")
-        if len(graphs) > 1:
-            not_traced(
-                "the edges that several graphs share: join them with & before, and .prepare() the result"
-            )
-        kept = None
+        return first if len(graphs) == 1 else Graph._shared_edges(graphs)
+
+    @staticmethod
+    @untraced("the edges that several graphs share: join them with & before, and .prepare() the result")
+    def _shared_edges(graphs: list[Graph]) -> Graph:
+        first = graphs[0]
+        kept = torch.ones_like(first.rows, dtype=torch.bool)
         for other in graphs[1:]:
-            has = other.keep(0, 0, first.rows, first.indices.long(), other.num_queries, other.num_keys)
-            kept = has if kept is None else kept & has
-        if kept is None:
-            return first
+            kept &= other.keep(0, 0, first.rows, first.indices.long(), other.num_queries, other.num_keys)
         counts = torch.zeros_like(first.indptr)
         counts.index_add_(0, first.rows[kept] + 1, torch.ones_like(first.rows[kept]))
         ids = first.ids[kept]
@@ -254,12 +254,16 @@ class Graph(Mask):
         return Graph.from_edge_index(place[edges], self.num_keys), order
 
     def prepare(self) -> Graph:
-        """Builds every cached form now, so that compiled and captured calls find them. Returns the graph
+        """Builds the cached forms now, so that compiled and captured calls find them. Returns the graph
         itself.
+
+        Tiles are among them unless they would be many and nearly empty (above 64 MiB, with fewer than 8 edges
+        each): no rule chooses such tiles, but for a graph with `bias`, `rel_bias` or `bias_k`; make that
+        call once before.
         """
         self.transpose()
         self.columns()
-        if not self.has_repeats and self.num_tiles:
+        if not self.has_repeats and 0 < self.num_tiles <= max(_MANY_TILES, self.indices.numel() // 8):
             self.tiles()
             for whole in (False, True):
                 self.tile_lists(whole)
@@ -362,11 +366,14 @@ class Graph(Mask):
             found += [x.int() for x in (ends, ends[:-1] + wholes, other[order], order)]
         return found
 
-    def _once(self, name: str, build: Any) -> Any:
+    def _once(self, name: str, build: Callable[[], Any]) -> Any:
         if name not in self._cache:
-            not_traced(f"{name} of {self!r}: call .prepare() on the mask, or this function once, before")
-            self._cache[name] = build()
+            self._fill(name, build)
         return self._cache[name]
+
+    @untraced("forms of a Graph: call .prepare() on the mask, or this function once, before")
+    def _fill(self, name: str, build: Callable[[], Any]) -> None:
+        self._cache[name] = build()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": {"rows": self.rows}}

@@ -6,8 +6,10 @@ A mask is an immutable object; masks are joined with `&`. True means keep.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -190,12 +192,30 @@ def values_are_known(x: Tensor) -> bool:
     return not x.is_meta and not torch.compiler.is_compiling()
 
 
-def not_traced(what: str) -> None:
-    """How many edges there are torch.compile cannot know: out of the graph, or with fullgraph an error that
-    says `what`.
+_Built = TypeVar("_Built")
+_Builder = Callable[..., _Built]
+
+
+def untraced(what: str) -> Callable[[_Builder[_Built]], _Builder[_Built]]:
+    """For functions whose results have sizes that torch.compile cannot know (how many edges there are):
+    called by a compiled function they run outside of it; with fullgraph=True the error says `what`.
     """
-    if torch.compiler.is_dynamo_compiling():
-        torch._dynamo.graph_break(msg=f"saccade builds outside of compiled functions: {what}")
+
+    def decorate(build: _Builder[_Built]) -> _Builder[_Built]:
+        outside: list[_Builder[_Built]] = []
+
+        @functools.wraps(build)
+        def run(*args: Any, **kwargs: Any) -> _Built:
+            if not torch.compiler.is_dynamo_compiling():
+                return build(*args, **kwargs)
+            torch._dynamo.graph_break(msg=f"saccade builds outside of compiled functions: {what}")
+            if not outside:  # made earlier it would import the compiler, for over a second, with the package
+                outside.append(torch.compiler.disable(build))
+            return outside[0](*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def set_fields(obj: object, **values: object) -> None:

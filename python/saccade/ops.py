@@ -255,7 +255,7 @@ def gather_backward(
 def _edges(spec: Spec, edge_terms: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     graph = spec.args.graph
     assert graph is not None
-    return graph.indptr, graph.indices, graph.edge_ids, *edge_terms, graph.num_edges
+    return graph.indptr, graph.indices, graph.edge_ids, *edge_terms
 
 
 def taken_tensors(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

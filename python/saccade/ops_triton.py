@@ -50,7 +50,7 @@ _LIBRARY.define(
 _LIBRARY.define(f"triton_weights(Tensor lse, {_CALL}, bool average) -> Tensor")
 _EDGES = (
     "Tensor[] work, Tensor keys, Tensor? edge_ids, Tensor? edge_bias, Tensor? edge_q, Tensor? edge_x, "
-    "int num_edges"
+    "SymInt num_edges"
 )
 _LIBRARY.define(f"triton_gather_forward({_CALL}, {_EDGES}, int[] out_order) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(

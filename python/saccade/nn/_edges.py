@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..graph import Graph
+from ..maskbase import untraced
 
 CHUNK = 1 << 16  # edges whose logits are computed together
 
@@ -49,33 +50,33 @@ def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Ed
             got = f"{edge_index.num_keys} sources and {edge_index.num_queries} targets"
             raise ValueError(f"edge_index: {got} in the graph, {sizes[0]} and {sizes[1]} in x")
         if loops:
-            return edge_index._once("edges with loops", lambda: _with_loops(edge_index))
+            traced = torch.compiler.is_compiling()
+            return edge_index._once("edges with loops", lambda: _ready(_with_loops(edge_index), traced))
         return Edges(edge_index)
     if not isinstance(edge_index, Tensor):
         kind = type(edge_index).__name__
         raise TypeError(f"edge_index: expected a tensor [2, E] or a saccade.Graph, got {kind}")
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break(
-            msg="a graph is built from the values of edge_index: with fullgraph=True pass a saccade.Graph"
-        )
-        if not _outside:  # as a decorator it would import the compiler, for over a second, with the package
-            _outside.append(torch.compiler.disable(_kept_edges))
-        return _outside[0](edge_index, sizes, loops)
-    return _kept_edges(edge_index, sizes, loops)
+    return _kept_edges(edge_index, sizes, loops, torch.compiler.is_compiling())
 
 
-_outside: list[Any] = []
+def _ready(edges: Edges, traced: bool) -> Edges:
+    """For a compiled caller with every form that it may ask for: a missing one would break its graph."""
+    if traced:
+        edges.graph.prepare()
+        edges.pairs  # noqa: B018
+    return edges
 
 
-def _kept_edges(edge_index: Tensor, sizes: tuple[int, int], loops: bool) -> Edges:
+@untraced("a graph from the values of edge_index: with fullgraph=True pass a saccade.Graph")
+def _kept_edges(edge_index: Tensor, sizes: tuple[int, int], loops: bool, traced: bool) -> Edges:
     if edge_index.is_inference():  # its values may change without a trace
-        return _build(edge_index, sizes, loops)
+        return _ready(_build(edge_index, sizes, loops), traced)
     entry: dict[Any, tuple[int, Edges]] = _built.setdefault(edge_index, {})
     version, found = entry.get((sizes, loops), (-1, None))
     if found is None or version != edge_index._version:
         found = _build(edge_index, sizes, loops)
         entry[sizes, loops] = (edge_index._version, found)
-    return found
+    return _ready(found, traced)
 
 
 def _build(edge_index: Tensor, sizes: tuple[int, int], loops: bool) -> Edges:

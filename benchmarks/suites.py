@@ -13,6 +13,7 @@ import torch
 
 from . import cases
 from .attention import AttentionWork
+from .convolutions import ConvWork, convolutions
 from .encoder import EncoderWork, encoders
 from .gpu_cases import large_graphs, tiled
 from .graph import GraphWork
@@ -71,7 +72,8 @@ _SWEEP = (
 )
 
 register("attention", Suite("layers of well-known models, and what options cost", _ATTENTION, Budget(0.5, 3)))
-register("graph", Suite("graphs, edge by edge", (Part(GraphWork, graphs),), Budget(0.5, 3)))
+_GRAPHS = (Part(GraphWork, graphs), Part(ConvWork, convolutions))
+register("graph", Suite("graphs, edge by edge", _GRAPHS, Budget(0.5, 3)))
 register(
     "module",
     Suite("nn.MultiheadAttention and padded encoders, swapped and not", (_MODULE, _ENCODER), Budget(0.6, 5)),

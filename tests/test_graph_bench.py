@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saccade.benchmarks import graph, graph_cases
+from saccade.benchmarks import convolutions, graph, graph_cases
 from saccade.benchmarks.cases import FORWARD, TRAIN
 from saccade.benchmarks.graph_cases import KINDS, GraphCase
 
@@ -54,3 +54,17 @@ def test_operations_and_columns() -> None:
     edges = case.graph().num_edges
     assert case.flops(FORWARD) == 4 * edges * 4 * 16 and case.flops(TRAIN) == 14 * edges * 4 * 16
     assert case.describe()["edges"] == edges
+
+
+@pytest.mark.parametrize("direction", [FORWARD, TRAIN])
+def test_every_convolution_is_right(direction: str) -> None:
+    work = convolutions.ConvWork(convolutions.ConvCase("small", "power-law", 1500, 2, 16, 3), "cpu")
+    for name, call in work.offers(direction).items():
+        if isinstance(call, str):
+            assert name == "pyg"
+            continue
+        assert not work.fault(name, direction, call), name
+        for n, result in enumerate(call()):
+            bent = [x * 1.001 if i == n else x for i, x in enumerate(call())]
+            assert work.fault(name, direction, lambda bent=bent: bent), (name, n, result.shape)
+    assert "saccade" not in convolutions.ConvWork(work.case, "cpu", frozenset({"saccade"})).offers(direction)

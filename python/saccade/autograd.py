@@ -16,11 +16,11 @@ from torch.autograd.function import Function
 
 from . import gather, ops
 from .backends import reference
-from .bodies import needs_gather
 from .problem import NORMALISED, Problem, Spec
+from .transforms import jvp_by_vjp, vjp, vmap_by_loop
 
 Tensors = tuple[Tensor | None, ...]
-_COUNT = 12  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, edge e, edge W
+COUNT = 12  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, edge e, edge W
 _HEADS = 5  # dout, dlse, out, lse, the mixed edge features
 _SINK = 6
 
@@ -42,11 +42,11 @@ def attend(problem: Problem, body: int, operators: Any = ops) -> tuple[Tensor, T
     """(out, lse) by the operators, with derivatives."""
     tensors, spec = problem.tensors, problem.spec
     call = Call(spec, body, operators)
-    if _untracked(tensors):
+    if untracked(tensors):
         out, lse, *_ = _run(call, tensors, spec.seed)
         return out, lse
     if torch.compiler.is_compiling():
-        apply, tensors = Forward.apply, _distinct(tensors)
+        apply, tensors = Forward.apply, distinct(tensors)
     elif torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace cannot record attention's derivatives: trace under torch.no_grad()"
@@ -59,46 +59,7 @@ def attend(problem: Problem, body: int, operators: Any = ops) -> tuple[Tensor, T
     return found[0], found[1]
 
 
-def attend_and_weigh(problem: Problem, body: int, average: bool) -> tuple[Tensor, Tensor]:
-    """(out, weights) as `attend` and `attention_weights` give them; in one pass where no derivative is asked
-    for.
-    """
-    tensors, spec = problem.tensors, problem.spec
-    if body == ops.TILED and _untracked(tensors):
-        out, _, found = ops.forward_weights(spec, tensors, spec.seed, average)
-        return out, found
-    out, lse = attend(problem, body)
-    return out, attention_weights(problem, lse, average)
-
-
-def attention_weights(problem: Problem, lse: Tensor, average: bool, operators: Any = ops) -> Tensor:
-    """The weights [B, H, Sq, Sk'], or [B, Sq, Sk'] averaged over heads, after dropout, with derivatives."""
-    tensors, spec = problem.tensors, problem.spec
-    if needs_gather(problem):  # the operators of weights are of tiles
-        operators = ReferenceWeights
-    if _untracked(tensors):
-        return operators.weights(spec, lse, tensors, spec.seed, average)
-    if torch.compiler.is_compiling():
-        function: type[Function] = PlainWeights
-        tensors = _distinct(tensors)
-    else:
-        function = EagerWeights if torch._C._functorch.peek_interpreter_stack() is None else Weights
-    return function.apply(lse.detach(), *tensors, spec.seed, Call(spec, ops.TILED, operators), average)
-
-
-class ReferenceWeights:
-    """`ops.weights` in plain PyTorch: the operators for `attention_weights` where kernels have none."""
-
-    @staticmethod
-    def weights(
-        spec: Spec, lse: Tensor | None, tensors: Tensors, seed: Tensor | None, average: bool
-    ) -> Tensor:
-        assert tensors[0] is not None
-        found = reference.weigh(replace(spec, seed=seed), tensors)[2].to(tensors[0].dtype)
-        return found.mean(1) if average else found
-
-
-def _distinct(tensors: Tensors) -> Tensors:
+def distinct(tensors: Tensors) -> Tensors:
     """The same, no tensor twice: torch.compile takes none that a Function gets in two places."""
     found: list[Tensor | None] = []
     for x in tensors:
@@ -107,7 +68,7 @@ def _distinct(tensors: Tensors) -> Tensors:
     return tuple(found)
 
 
-def _untracked(tensors: Tensors) -> bool:
+def untracked(tensors: Tensors) -> bool:
     """No derivative and no transform looks at this call, so the operator may run bare."""
     if torch.is_grad_enabled():
         for t in tensors:
@@ -139,15 +100,15 @@ class Forward(Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        tensors, (seed, out, lse, *rest) = saved[:_COUNT], saved[_COUNT:]
-        nothing = (None,) * (_COUNT + 2)
-        wanted = tuple(n for n in range(_COUNT) if ctx.needs_input_grad[n])
+        tensors, (seed, out, lse, *rest) = saved[:COUNT], saved[COUNT:]
+        nothing = (None,) * (COUNT + 2)
+        wanted = tuple(n for n in range(COUNT) if ctx.needs_input_grad[n])
         if (dout is None and dlse is None) or not wanted:
             return nothing
         if dout is None:
             dout = torch.zeros_like(out)
         inputs = (dout, dlse, out, lse, rest[0] if rest else None, *tensors, seed)
-        if torch.compiler.is_compiling() or _untracked(inputs):
+        if torch.compiler.is_compiling() or untracked(inputs):
             found = Backward.forward(*inputs, ctx.call, wanted)
         else:
             found = Backward.apply(*inputs, ctx.call, wanted)
@@ -162,8 +123,8 @@ class Attention(Forward):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        *tensors, seed = ctx.saved_tensors[: _COUNT + 1]
-        present = _present(tensors)
+        *tensors, seed = ctx.saved_tensors[: COUNT + 1]
+        present = present_of(tensors)
         run = _attend_fn(ctx.call, seed, present, (True, ctx.call.has_lse))
         found = jvp_by_vjp(run, [tensors[n] for n in present], [tangents[n] for n in present])
         return (*found, *(None,) * (_outputs(ctx.call) - len(found)))
@@ -214,8 +175,8 @@ class Backward(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         run, present, primals = _gradient_fn(ctx)
-        _, pullback = _vjp(run, *primals)
-        grads: list[Any] = [None] * (_HEADS + _COUNT + 3)
+        _, pullback = vjp(run, *primals)
+        grads: list[Any] = [None] * (_HEADS + COUNT + 3)
         for n, grad in zip(present, pullback(tuple(cotangents)), strict=True):
             grads[n] = grad
         return tuple(grads)
@@ -234,60 +195,6 @@ class Backward(Function):
             found = Backward.apply(*joint, *tensors[3:], seed, _with_batch(call, info.batch_size), wanted)
             return _unfolded(found, info.batch_size)
         return vmap_by_loop(Backward.apply, info, in_dims, args)
-
-
-class PlainWeights(Function):
-    """saccade::weights; its derivatives are the reference's. The form torch.compile traces."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        lse, *tensors, seed, call, average = args
-        return call.ops.weights(call.spec, lse, tuple(tensors), seed, average)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, *tensors, ctx.call, ctx.average = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        *tensors, seed = ctx.saved_tensors
-        present = _present(tensors)
-        run = _weights_fn(ctx.call, seed, present, ctx.average)
-        _, pullback = _vjp(run, *(tensors[n] for n in present))
-        grads: list[Any] = [None] * (_COUNT + 4)
-        for n, grad in zip(present, pullback(cotangent), strict=True):
-            grads[n + 1] = grad
-        return tuple(grads)
-
-
-class Weights(PlainWeights):
-    """`PlainWeights` with forward mode and vmap."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        *tensors, seed = ctx.saved_tensors
-        present = _present(tensors)
-        run = _weights_fn(ctx.call, seed, present, ctx.average)
-        return jvp_by_vjp(run, [tensors[n] for n in present], [tangents[n + 1] for n in present])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return vmap_by_loop(Weights.apply, info, in_dims, args)
-
-
-class EagerWeights(Function):
-    """`Weights` without a setup_context, as `Eager`."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        output = PlainWeights.forward(*args)
-        PlainWeights.setup_context(ctx, args, output)
-        return output
-
-    backward = staticmethod(PlainWeights.backward)
-    jvp = staticmethod(Weights.jvp)
 
 
 def _run(call: Call, tensors: Tensors, seed: Tensor | None) -> tuple[Tensor, ...]:
@@ -326,12 +233,12 @@ def _sink_gradient(
     return -(share * delta).sum(-1) if spec.layout.is_varlen else -(share * delta).sum((0, 2))
 
 
-def _present(tensors: list[Tensor | None] | Tensors) -> list[int]:
+def present_of(tensors: list[Tensor | None] | Tensors) -> list[int]:
     return [n for n, x in enumerate(tensors) if x is not None]
 
 
-def _placed(values: tuple[Tensor, ...], present: list[int]) -> Tensors:
-    found: list[Tensor | None] = [None] * _COUNT
+def placed(values: tuple[Tensor, ...], present: list[int]) -> Tensors:
+    found: list[Tensor | None] = [None] * COUNT
     for n, value in zip(present, values, strict=True):
         found[n] = value
     return tuple(found)
@@ -344,16 +251,9 @@ def _attend_fn(
     spec = replace(call.spec, seed=seed)
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
-        out, lse = reference.attend(spec, _placed(values, present))
+        out, lse = reference.attend(spec, placed(values, present))
         found = (out, lse.double())  # as the operators give it
         return tuple(x for x, asked in zip(found, outputs, strict=True) if asked)
-
-    return run
-
-
-def _weights_fn(call: Call, seed: Tensor | None, present: list[int], average: bool) -> Callable[..., Tensor]:
-    def run(*values: Tensor) -> Tensor:
-        return ReferenceWeights.weights(call.spec, None, _placed(values, present), seed, average)
 
     return run
 
@@ -363,45 +263,17 @@ def _gradient_fn(ctx: Any) -> tuple[Callable[..., Any], list[int], list[Tensor]]
     values.
     """
     dout, dlse, _, _, _, *tensors, seed = ctx.saved_tensors
-    inside = _present(tensors)
+    inside = present_of(tensors)
     run = _attend_fn(ctx.call, seed, inside, (True, dlse is not None))
     heads = [dout] if dlse is None else [dout, dlse]
 
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-        _, pullback = _vjp(run, *values[len(heads) :])
+        _, pullback = vjp(run, *values[len(heads) :])
         found = pullback(tuple(values[: len(heads)]))
         return tuple(found[inside.index(n)] for n in ctx.wanted)
 
     places = [*range(len(heads)), *(n + _HEADS for n in inside)]
     return gradients, places, [*heads, *(tensors[n] for n in inside)]
-
-
-def _vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
-    found: Any = torch.func.vjp(run, *primals)
-    return found[0], found[1]
-
-
-def jvp_by_vjp(run: Callable[..., Any], primals: list[Any], tangents: list[Any]) -> Any:
-    """The directional derivative as the derivative of u -> vjp(u), which is linear. Unlike torch.func.jvp it
-    may run inside forward_ad.dual_level, which does not nest."""
-    tangents = [torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)]
-    outputs, pullback = _vjp(run, *primals)
-    single = isinstance(outputs, Tensor)
-    cotangents = (torch.zeros_like(outputs),) if single else tuple(map(torch.zeros_like, outputs))
-    _, push = _vjp(lambda *u: pullback(u[0] if single else u), *cotangents)
-    found = push(tuple(tangents))
-    return found[0] if single else found
-
-
-def vmap_by_loop(apply: Callable[..., Any], info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
-    """One call per entry: correct for every argument."""
-    found = []
-    for n in range(info.batch_size):
-        entry = (x.select(d, n) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True))
-        found.append(apply(*entry))
-    if isinstance(found[0], Tensor):
-        return torch.stack(found), 0
-    return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
 
 
 def _folds(call: Call, tensors: Sequence[Any], in_dims: Any, seed: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import attention_weights
+from .autograd_weights import attention_weights
 from .masks import Causal, KeyPadding, Mask
 from .packed import cache_layout, packed_layout
 from .position import Position

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import graph_forms
+from .graph_forms import rows_of
 from .kernels.config import ITEM
 from .maskbase import Dims, Index, Mask, set_fields, untraced
 
-TILE = 64  # rows and columns of a tile: one 64-bit word per row
 _MANY_TILES = 1 << 17  # 64 MiB of bits
 _MAKING = "a Graph made from the values of tensors: make it before, and .prepare() it"
 
@@ -48,7 +49,7 @@ class Graph(Mask):
     def __init__(
         self, indptr: Tensor, indices: Tensor, edge_ids: Tensor | None, num_keys: int, num_edges: int
     ) -> None:
-        rows = _rows_of(indptr, indices.numel())
+        rows = rows_of(indptr, indices.numel())
         repeats = (rows[1:] == rows[:-1]) & (indices[1:] == indices[:-1])
         set_fields(
             self, indptr=indptr, indices=indices, edge_ids=edge_ids, num_keys=num_keys, num_edges=num_edges
@@ -98,7 +99,7 @@ class Graph(Mask):
         if int(indptr[0]) != 0 or int(indptr[-1]) != indices.numel() or bool((indptr.diff() < 0).any()):
             raise ValueError(f"indptr: expected to rise from 0 to {indices.numel()} (the number of indices)")
         _check_range("indices", indices, num_keys)
-        return _from_pairs(_rows_of(indptr, indices.numel()), indices, indptr.numel() - 1, num_keys)
+        return _from_pairs(rows_of(indptr, indices.numel()), indices, indptr.numel() - 1, num_keys)
 
     @staticmethod
     @untraced(_MAKING)
@@ -277,12 +278,7 @@ class Graph(Mask):
         """CSR by key: indptr [Sk + 1] int64, the query of each edge [E] int32, its place in the CSR by query
         [E].
         """
-        return self._once("columns", self._build_columns)
-
-    def _build_columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        keys, order = torch.sort(self.indices, stable=True)
-        ends = torch.arange(self.num_keys + 1, device=self.device, dtype=keys.dtype)
-        return torch.searchsorted(keys, ends), self.rows[order].int(), order
+        return self._once("columns", lambda: graph_forms.columns(self.indices, self.rows, self.num_keys))
 
     def work(self, limit: int, by_key: bool) -> list[Tensor]:
         """The edges of each row (or key) in pieces of at most `limit`, the longest first, so that a hub is
@@ -292,22 +288,8 @@ class Graph(Mask):
         were cut, or -1 [P]; then the rows that were cut [C] and where the pieces of each begin [C + 1].
         int32, but for edges, int64.
         """
-        return self._once(f"work {limit} {by_key}", lambda: self._build_work(limit, by_key))
-
-    def _build_work(self, limit: int, by_key: bool) -> list[Tensor]:
         indptr = self.columns()[0] if by_key else self.indptr
-        sizes = indptr.diff()
-        pieces = ((sizes + limit - 1) // limit).clamp(min=1)
-        row = torch.repeat_interleave(torch.arange(sizes.numel(), device=self.device), pieces)
-        nth = torch.arange(row.numel(), device=self.device) - (pieces.cumsum(0) - pieces)[row]
-        first = indptr[row] + nth * limit
-        last = torch.minimum(first + limit, indptr[row + 1])
-        is_cut = pieces > 1
-        slot = torch.where(is_cut[row], is_cut[row].cumsum(0) - 1, -1)
-        cut = is_cut.nonzero().squeeze(1)
-        ends = torch.nn.functional.pad(pieces[cut].cumsum(0), (1, 0))
-        order = torch.argsort(first - last, stable=True)
-        return [row[order].int(), first[order], last[order], slot[order].int(), cut.int(), ends.int()]
+        return self._once(f"work {limit} {by_key}", lambda: graph_forms.work(indptr, limit))
 
     def column_ids(self) -> Tensor:
         """[E] int64: the user's number of each edge, in the order of `columns`."""
@@ -316,10 +298,7 @@ class Graph(Mask):
     @property
     def num_tiles(self) -> int:
         """How many 64 x 64 tiles hold an edge."""
-        return self._once("num_tiles", lambda: torch.unique(self._tile_numbers()).numel())
-
-    def _tile_numbers(self) -> Tensor:
-        return (self.rows // TILE) * max(-(-self.num_keys // TILE), 1) + self.indices // TILE
+        return self._once("num_tiles", lambda: graph_forms.num_tiles(self.rows, self.indices, self.num_keys))
 
     def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tile form: CSR over the 64 x 64 tiles that hold an edge, one bit per pair. Only without repeated
@@ -328,20 +307,10 @@ class Graph(Mask):
         Returns tile_ptr [ceil(Sq / 64) + 1] int64, tile_col [T] int32, tile_bits [T, 64] int64 (word = query
         row, bit c = key column).
         """
-        return self._once("tiles", self._build_tiles)
-
-    def _build_tiles(self) -> tuple[Tensor, Tensor, Tensor]:
         if self.has_repeats:
             raise ValueError("tiles: a graph with repeated edges has no tile form")
-        rows, keys = self.rows, self.indices.long()
-        across, down = -(-self.num_keys // TILE), -(-self.num_queries // TILE)
-        tile, slot = torch.unique(self._tile_numbers(), return_inverse=True)
-        bits = torch.zeros(tile.numel() * TILE, dtype=torch.int64, device=self.device)
-        # No pair stands twice, so adding its bit is setting it.
-        bits.index_add_(0, slot * TILE + rows % TILE, torch.ones_like(keys) << (keys % TILE))
-        first = torch.arange(down + 1, device=self.device) * max(across, 1)
-        ptr = torch.searchsorted(tile, first)
-        return ptr, (tile % max(across, 1)).int(), bits.view(-1, TILE)
+        size = self.num_queries, self.num_keys
+        return self._once("tiles", lambda: graph_forms.tiles(self.rows, self.indices, size))
 
     def tile_lists(self, whole: bool) -> list[Tensor]:
         """The tile form for kernels that go through a row's tiles, or a column's, the whole ones first.
@@ -350,21 +319,8 @@ class Graph(Mask):
         [T, 64]; then by row and again by column: pointers [tiles + 1] int32, where each one's whole tiles end
         [tiles] int32, the other coordinate of each tile [T] int32, its number in tile_bits [T] int32.
         """
-        return self._once(f"tile_lists {whole}", lambda: self._build_tile_lists(whole))
-
-    def _build_tile_lists(self, whole: bool) -> list[Tensor]:
-        ptr, cols, bits = self.tiles()
-        rows = _rows_of(ptr, cols.numel())
-        full = (bits == -1).all(1) if whole else torch.zeros_like(rows, dtype=torch.bool)
-        found = [bits]
-        down, across = ptr.numel() - 1, -(-self.num_keys // TILE)
-        for of, other, count in ((rows, cols, down), (cols.long(), rows, across)):
-            # By row (or column), then the whole ones, then in the order of the other coordinate.
-            order = torch.sort(of * 2 + ~full, stable=True).indices
-            sizes, wholes = (torch.bincount(x, minlength=count) for x in (of, of[full]))
-            ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-            found += [x.int() for x in (ends, ends[:-1] + wholes, other[order], order)]
-        return found
+        tiles = self.tiles()
+        return self._once(f"tile_lists {whole}", lambda: graph_forms.tile_lists(tiles, self.num_keys, whole))
 
     def _once(self, name: str, build: Callable[[], Any]) -> Any:
         if name not in self._cache:
@@ -380,11 +336,6 @@ class Graph(Mask):
 
     def __repr__(self) -> str:
         return f"Graph({self.num_queries} queries, {self.num_keys} keys, {self.num_edges} edges)"
-
-
-def _rows_of(indptr: Tensor, num_edges: int) -> Tensor:
-    rows = torch.arange(indptr.numel() - 1, device=indptr.device)
-    return torch.repeat_interleave(rows, indptr.diff(), output_size=num_edges)
 
 
 def _from_pairs(queries: Tensor, keys: Tensor, num_queries: int, num_keys: int) -> Graph:

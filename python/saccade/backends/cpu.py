@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..autograd import attend, attend_and_weigh
+from ..autograd import attend
+from ..autograd_weights import attend_and_weigh
 from ..bodies import is_decode, is_gather, known, needs_gather, needs_tiles
 from ..problem import DOT, Problem, Spec
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, ops_triton
-from ..autograd import ReferenceWeights, attend, attention_weights
+from ..autograd import attend
+from ..autograd_weights import ReferenceWeights, attention_weights
 from ..bodies import is_decode, is_gather, needs_tiles
 from ..maskbase import UNBOUNDED, MaskArgs
 from ..problem import DOT, NORMALISED, Problem

@@ -8,17 +8,16 @@ division), so that NaN and inf in them reach neither the output nor a derivative
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dropout import kept as dropout_kept
-from ..graph import Graph
 from ..layout import in_order, memory_order
 from ..position import QueryRelative
 from ..problem import ADDITIVE, DOT, NORMALISED, RELU, SOFTMAX1, Problem, Spec, accumulator, is_autocast
+from .pairs import Dense, Edges, Pairs, Row
 
 NAME = "reference"
 _INF = float("inf")
@@ -37,27 +36,6 @@ def kernel(problem: Problem) -> str:
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem."""
     return attend(problem.spec, problem.tensors, problem.position)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Row:
-    """One dense sequence (or a batch of equal ones) with everything that joins it."""
-
-    spec: Spec
-    first: int  # the batch entry this one is, for masks and dropout
-    q: Tensor  # [B, H, Sq, D] in the accumulator's dtype, as all that follow
-    k: Tensor  # [B, H, Sk, D]
-    v: Tensor  # [B, H, Sk, Dv]
-    bias: Tensor | None
-    rel_bias: Tensor | None
-    weight: Tensor | None
-    sink: Tensor | None
-    extra_k: Tensor | None
-    extra_v: Tensor | None
-    edge_bias: Tensor | None
-    edge_e: Tensor | None
-    edge_w: Tensor | None
-    position: QueryRelative | None
 
 
 def attend(
@@ -91,10 +69,10 @@ def weigh(
     bias, rel_bias, *rest = terms
     joined: tuple[Any, ...] = (*rest, position)
     if spec.layout.is_dense:
-        row = _Row(spec, 0, q, _per_head(k, 1, spec), _per_head(v, 1, spec), bias, rel_bias, *joined)
+        row = Row(spec, 0, q, _per_head(k, 1, spec), _per_head(v, 1, spec), bias, rel_bias, *joined)
         return _attend_rows(row)
     parts = [
-        _attend_rows(_Row(spec, b, qb, kb, vb, bias, _own_relative(spec, rel_bias, b), *joined))
+        _attend_rows(Row(spec, b, qb, kb, vb, bias, _own_relative(spec, rel_bias, b), *joined))
         for b, (qb, kb, vb) in enumerate(_sequences(spec, q, k, v))
     ]
     return (*_join_sequences(spec, parts, q, v), q.new_empty(0))
@@ -155,119 +133,9 @@ def _join_sequences(spec: Spec, parts: list[Any], q: Tensor, v: Tensor) -> tuple
     return out, torch.cat([x[0] for x in lses], 1) if spec.activation in NORMALISED else torch.cat(lses)
 
 
-class _Dense:
-    """All pairs: a quantity of pairs is [B, H, Sq, Sk]."""
-
-    def __init__(self, row: _Row) -> None:
-        self.sq, self.sk = row.q.shape[2], row.k.shape[2]
-        self.i = torch.arange(self.sq, device=row.q.device)[:, None]
-        self.j = torch.arange(self.sk, device=row.q.device)[None]
-        self.parts = row.spec.mask.parts if row.spec.mask is not None else ()
-        self.size = (row.q.shape[0], row.spec.heads, self.sq, self.sk)
-
-    def query(self, x: Tensor) -> Tensor:  # [B, H, Sq, ...] broadcast to the pairs
-        return x[:, :, :, None]
-
-    def key(self, x: Tensor) -> Tensor:  # [B, H, Sk, ...] broadcast to the pairs
-        return x[:, :, None]
-
-    def joint(self, q: Tensor, k: Tensor) -> Tensor:  # what an additive score looks at, [B, H, Sq, Sk, D]
-        return self.query(q) + self.key(k)
-
-    def head(self, x: Tensor) -> Tensor:  # [H, D] broadcast to the pairs
-        return x[:, None, None]
-
-    def dot(self, q: Tensor, k: Tensor) -> Tensor:
-        return q @ k.transpose(-1, -2)
-
-    def of(self, bias: Tensor) -> Tensor:  # a [B, H, Sq, Sk] tensor, at the pairs
-        return bias
-
-    def sum(self, x: Tensor) -> Tensor:  # over the keys of each query
-        return x.sum(-1)
-
-    def max(self, x: Tensor) -> Tensor:
-        return x.amax(-1) if self.sk else x.new_full(x.shape[:-1], -_INF)
-
-    def queries_with(self, kept: Tensor) -> Tensor:  # [B, H, Sq]: which keep anything
-        return kept.any(-1)
-
-    def keys_with(self, kept: Tensor) -> Tensor:  # [B, H, Sk]: which are kept by anyone
-        return kept.any(-2)
-
-    def mix(self, p: Tensor, v: Tensor) -> Tensor:
-        return p @ v
-
-    def dense(self, p: Tensor) -> Tensor:
-        return p
-
-
-class _Edges:
-    """The pairs of a graph, each as often as it stands: a quantity of pairs is [B, H, E]."""
-
-    def __init__(self, row: _Row) -> None:
-        graph = row.spec.args.graph
-        assert graph is not None and row.spec.mask is not None
-        self.row = row
-        self.sq, self.sk = row.q.shape[2], row.k.shape[2]
-        self.i, self.j, self.ids = graph.rows, graph.indices.long(), graph.ids
-        self.parts = tuple(p for p in row.spec.mask.parts if not isinstance(p, Graph))
-        self.size = (row.q.shape[0], row.spec.heads, self.i.numel())
-        self.features: Tensor | None = None  # [H, E, D]: W e of each edge
-        if row.edge_e is not None and row.edge_w is not None:
-            self.features = row.edge_e[self.ids] @ row.edge_w.transpose(-1, -2)
-
-    def query(self, x: Tensor) -> Tensor:
-        return x[:, :, self.i]
-
-    def key(self, x: Tensor) -> Tensor:
-        return x[:, :, self.j]
-
-    def head(self, x: Tensor) -> Tensor:
-        return x[:, None]
-
-    def _with_features(self, x: Tensor) -> Tensor:
-        return self.key(x) if self.features is None else self.key(x) + self.features
-
-    def joint(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.query(q) + self._with_features(k)
-
-    def dot(self, q: Tensor, k: Tensor) -> Tensor:
-        return (self.query(q) * self._with_features(k)).sum(-1)
-
-    def of(self, bias: Tensor) -> Tensor:
-        return bias[..., self.i, self.j]
-
-    def _scatter(self, x: Tensor, index: Tensor, size: int) -> Tensor:  # sums [B, H, E, ...] by index
-        return x.new_zeros((*x.shape[:2], size, *x.shape[3:])).index_add(2, index, x)
-
-    def sum(self, x: Tensor) -> Tensor:
-        return self._scatter(x, self.i, self.sq)
-
-    def max(self, x: Tensor) -> Tensor:
-        start = x.new_full((*x.shape[:2], self.sq), -_INF)
-        return start.scatter_reduce(2, self.i.expand(x.shape), x, "amax")
-
-    def queries_with(self, kept: Tensor) -> Tensor:
-        return self._scatter(kept.int(), self.i, self.sq) > 0
-
-    def keys_with(self, kept: Tensor) -> Tensor:
-        return self._scatter(kept.int(), self.j, self.sk) > 0
-
-    def mix(self, p: Tensor, v: Tensor) -> Tensor:
-        values = self._with_features(v) if self.row.spec.score == DOT else self.key(v)
-        return self._scatter(p[..., None] * values, self.i, self.sq)
-
-    def dense(self, p: Tensor) -> Tensor:
-        return self._scatter(p, self.i * self.sk + self.j, self.sq * self.sk).unflatten(2, (self.sq, self.sk))
-
-
-_Pairs = _Dense | _Edges
-
-
-def _attend_rows(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_rows(row: Row) -> tuple[Tensor, Tensor, Tensor]:
     spec = row.spec
-    pairs: _Pairs = _Dense(row) if spec.args.graph is None else _Edges(row)
+    pairs: Pairs = Dense(row) if spec.args.graph is None else Edges(row)
     bias = None if row.bias is None else pairs.of(row.bias.to(row.q.dtype).expand(-1, -1, pairs.sq, pairs.sk))
     keep = _kept(row, pairs, bias)
 
@@ -295,7 +163,7 @@ def _attend_rows(row: _Row) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, torch.cat(columns, -1) if spec.layout.is_dense else lse
 
 
-def _zero_column(row: _Row, lse: Tensor, j: int) -> Tensor:
+def _zero_column(row: Row, lse: Tensor, j: int) -> Tensor:
     """[B, H, Sq]: the weight of softmax1's zero, column j of the weights."""
     weights = torch.exp(-lse)
     if not row.spec.dropout_p:
@@ -304,7 +172,7 @@ def _zero_column(row: _Row, lse: Tensor, j: int) -> Tensor:
     return _drop(row, weights, rows, torch.full_like(rows, j))
 
 
-def _indices(row: _Row, like: Tensor) -> tuple[Tensor, Tensor]:
+def _indices(row: Row, like: Tensor) -> tuple[Tensor, Tensor]:
     """b and h as tensors that broadcast with i and j."""
     pairs = (1,) * like.dim()
     b = torch.arange(row.first, row.first + row.q.shape[0], device=like.device)
@@ -312,7 +180,7 @@ def _indices(row: _Row, like: Tensor) -> tuple[Tensor, Tensor]:
     return b.view(-1, 1, *pairs), h.view(-1, *pairs)
 
 
-def _kept(row: _Row, pairs: _Pairs, bias: Tensor | None) -> Tensor:
+def _kept(row: Row, pairs: Pairs, bias: Tensor | None) -> Tensor:
     b, h = _indices(row, pairs.i)
     keep = torch.ones(pairs.size, dtype=torch.bool, device=row.q.device)
     for part in pairs.parts:
@@ -324,7 +192,7 @@ def _shown(x: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen[..., None], x, torch.zeros_like(x))
 
 
-def _score(row: _Row, pairs: _Pairs, q: Tensor, k: Tensor) -> Tensor:
+def _score(row: Row, pairs: Pairs, q: Tensor, k: Tensor) -> Tensor:
     if row.spec.score == DOT:
         position = row.position
         return pairs.dot(q if position is None else position.content_query(q), k)
@@ -341,7 +209,7 @@ def _scaled(spec: Spec, score: Tensor) -> Tensor:
     return spec.softcap * torch.tanh(logits / spec.softcap) if spec.softcap else logits
 
 
-def _logits(row: _Row, pairs: _Pairs, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(row: Row, pairs: Pairs, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     spec, position = row.spec, row.position
     logits = _scaled(spec, _score(row, pairs, q, k))
     if bias is not None:
@@ -357,12 +225,12 @@ def _logits(row: _Row, pairs: _Pairs, q: Tensor, k: Tensor, bias: Tensor | None)
         products = position.position_query(q) @ table.transpose(-1, -2)
         logits = logits + spec.scale * products[..., pairs.i, position.index(delta, spec.seqlen_k)]
     if row.edge_bias is not None:
-        assert isinstance(pairs, _Edges)
+        assert isinstance(pairs, Edges)
         logits = logits + row.edge_bias[:, pairs.ids]
     return logits
 
 
-def _extra_logits(row: _Row, q: Tensor) -> Tensor | None:
+def _extra_logits(row: Row, q: Tensor) -> Tensor | None:
     """[B, H, Sq]: the logit of the one more key that every query sees."""
     if row.extra_k is None:
         return None
@@ -375,7 +243,7 @@ def _extra_logits(row: _Row, q: Tensor) -> Tensor | None:
 
 
 def _activate(
-    row: _Row, pairs: _Pairs, logits: Tensor, keep: Tensor, extra: Tensor | None
+    row: Row, pairs: Pairs, logits: Tensor, keep: Tensor, extra: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The weights of the pairs, those of the extra key, and lse."""
     if row.spec.activation not in NORMALISED:
@@ -387,7 +255,7 @@ def _activate(
 
 
 def _softmax(
-    pairs: _Pairs, logits: Tensor, keep: Tensor, extra: Tensor | None, sink: Tensor | None
+    pairs: Pairs, logits: Tensor, keep: Tensor, extra: Tensor | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     peak = pairs.max(torch.where(keep, logits, -_INF).detach())
     for other in (extra, None if sink is None else sink[:, None]):
@@ -410,7 +278,7 @@ def _softmax(
     return powers / pairs.query(total), None if extra_power is None else extra_power / total, lse
 
 
-def _drop(row: _Row, weights: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def _drop(row: Row, weights: Tensor, i: Tensor, j: Tensor) -> Tensor:
     spec = row.spec
     if spec.dropout_p == 1.0:
         return weights * 0.0

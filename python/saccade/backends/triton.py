@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, ops_triton
-from ..autograd import attend, attention_weights
+from ..autograd import attend
+from ..autograd_weights import attention_weights
 from ..bodies import is_decode, is_gather, needs_gather, needs_tiles
 from ..problem import DOT, Problem
 

@@ -272,7 +272,18 @@ class Graph(Mask):
             self.work(ITEM, by_key)
         self.column_ids()
         self.keep(0, 0, self.rows[:1], self.indices[:1].long(), self.num_queries, self.num_keys)
+        self.pairs()
+        self._cache["prepared"] = True
         return self
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare` was called."""
+        return "prepared" in self._cache
+
+    def pairs(self) -> Tensor:
+        """`edge_index`, kept: not to be written to."""
+        return self._once("edge_index", lambda: self.edge_index)
 
     def columns(self) -> tuple[Tensor, Tensor, Tensor]:
         """CSR by key: indptr [Sk + 1] int64, the query of each edge [E] int32, its place in the CSR by query

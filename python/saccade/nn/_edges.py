@@ -22,13 +22,14 @@ class Edges:
     """A graph and how its edges come from those of the caller: first the kept ones, then loops (n, n)."""
 
     graph: Graph
-    kept: Tensor | None = None  # [E] bool: edges of the caller that stay; None: all, and no loops follow
+    given: int
+    kept: Tensor | None = None  # int64: those of the caller's `given` that stay; None: all, no loops follow
     loops: int = 0
 
     @property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Sources and targets [E'] of the edges by number."""
-        sources, targets = self.graph._once("edge_index", lambda: self.graph.edge_index)
+        sources, targets = self.graph.pairs()
         return sources, targets
 
 
@@ -50,9 +51,9 @@ def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Ed
             got = f"{edge_index.num_keys} sources and {edge_index.num_queries} targets"
             raise ValueError(f"edge_index: {got} in the graph, {sizes[0]} and {sizes[1]} in x")
         if loops:
-            traced = torch.compiler.is_compiling()
-            return edge_index._once("edges with loops", lambda: _ready(_with_loops(edge_index), traced))
-        return Edges(edge_index)
+            ready = torch.compiler.is_compiling() or edge_index.is_prepared
+            return edge_index._once("edges with loops", lambda: _ready(_with_loops(edge_index), ready))
+        return Edges(edge_index, edge_index.num_edges)
     if not isinstance(edge_index, Tensor):
         kind = type(edge_index).__name__
         raise TypeError(f"edge_index: expected a tensor [2, E] or a saccade.Graph, got {kind}")
@@ -61,9 +62,8 @@ def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Ed
 
 def _ready(edges: Edges, traced: bool) -> Edges:
     """For a compiled caller with every form that it may ask for: a missing one would break its graph."""
-    if traced:
+    if traced and not edges.graph.is_prepared:
         edges.graph.prepare()
-        edges.pairs  # noqa: B018
     return edges
 
 
@@ -86,15 +86,17 @@ def _build(edge_index: Tensor, sizes: tuple[int, int], loops: bool) -> Edges:
         if tuple(edge_index.shape) != sizes[::-1]:
             raise ValueError(f"edge_index: expected shape {[*sizes[::-1]]}, got {list(edge_index.shape)}")
         graph = Graph.from_dense(edge_index)
-    return _with_loops(graph) if loops else Edges(graph)
+    return _with_loops(graph) if loops else Edges(graph, graph.num_edges)
 
 
 def _with_loops(graph: Graph) -> Edges:
     index = graph.edge_index
-    kept, count = index[0] != index[1], min(graph.num_keys, graph.num_queries)
+    kept = (index[0] != index[1]).nonzero().squeeze(1)
+    count = min(graph.num_keys, graph.num_queries)
     loops = torch.arange(count, device=index.device).expand(2, -1)
     joined = torch.cat([index[:, kept], loops], 1)
-    return Edges(Graph.from_edge_index(joined, (graph.num_keys, graph.num_queries)), kept, count)
+    looped = Graph.from_edge_index(joined, (graph.num_keys, graph.num_queries))
+    return Edges(looped, index.shape[1], kept, count)
 
 
 def edge_features(edges: Edges, edge_attr: Tensor, fill: float | Tensor | str) -> Tensor:
@@ -103,11 +105,10 @@ def edge_features(edges: Edges, edge_attr: Tensor, fill: float | Tensor | str) -
     A number or tensor is the feature itself; "add", "mean", "min", "max", "mul" join the features of the kept
     edges that point to the node.
     """
-    given = edges.graph.num_edges if edges.kept is None else edges.kept.numel()
     if not isinstance(edge_attr, Tensor):
         raise TypeError(f"edge_attr: expected a tensor, got {type(edge_attr).__name__}")
-    if edge_attr.dim() not in (1, 2) or edge_attr.shape[0] != given:
-        raise ValueError(f"edge_attr: expected shape [{given}, De], got {list(edge_attr.shape)}")
+    if edge_attr.dim() not in (1, 2) or edge_attr.shape[0] != edges.given:
+        raise ValueError(f"edge_attr: expected shape [{edges.given}, De], got {list(edge_attr.shape)}")
     e = edge_attr[:, None] if edge_attr.dim() == 1 else edge_attr
     if edges.kept is None:
         return e

@@ -16,7 +16,7 @@ from .kernels.config import ITEM
 from .maskbase import Dims, Index, Mask, set_fields, untraced
 
 _MANY_TILES = 1 << 17  # 64 MiB of bits
-_MAKING = "a Graph made from the values of tensors: make it before, and .prepare() it"
+MAKING = "a Graph made from the values of tensors: make it before, and .prepare() it"
 
 
 class Graph(Mask):
@@ -62,7 +62,7 @@ class Graph(Mask):
     # ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    @untraced(_MAKING)
+    @untraced(MAKING)
     def from_edge_index(edge_index: Tensor, num_nodes: int | tuple[int, int]) -> Graph:
         """`edge_index` [2, E] ints: row 0 the source (key), row 1 the target (query), as in PyTorch
         Geometric.
@@ -81,7 +81,7 @@ class Graph(Mask):
         return _from_pairs(queries, keys, num_queries, num_keys)
 
     @staticmethod
-    @untraced(_MAKING)
+    @untraced(MAKING)
     def from_csr(indptr: Tensor, indices: Tensor, num_keys: int) -> Graph:
         """Row i of the CSR matrix [Sq, num_keys] holds the keys of query i: `indices[indptr[i]:indptr[i +
         1]]`.
@@ -102,7 +102,7 @@ class Graph(Mask):
         return _from_pairs(rows_of(indptr, indices.numel()), indices, indptr.numel() - 1, num_keys)
 
     @staticmethod
-    @untraced(_MAKING)
+    @untraced(MAKING)
     def from_dense(mask: Tensor) -> Graph:
         """`mask` [Sq, Sk] bool (True = keep), or a sparse COO/CSR tensor of that shape whose entries are the
         edges.

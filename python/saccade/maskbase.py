@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -192,20 +192,20 @@ def values_are_known(x: Tensor) -> bool:
     return not x.is_meta and not torch.compiler.is_compiling()
 
 
+_Given = ParamSpec("_Given")
 _Built = TypeVar("_Built")
-_Builder = Callable[..., _Built]
 
 
-def untraced(what: str) -> Callable[[_Builder[_Built]], _Builder[_Built]]:
+def untraced(what: str) -> Callable[[Callable[_Given, _Built]], Callable[_Given, _Built]]:
     """For functions whose results have sizes that torch.compile cannot know (how many edges there are):
     called by a compiled function they run outside of it; with fullgraph=True the error says `what`.
     """
 
-    def decorate(build: _Builder[_Built]) -> _Builder[_Built]:
-        outside: list[_Builder[_Built]] = []
+    def decorate(build: Callable[_Given, _Built]) -> Callable[_Given, _Built]:
+        outside: list[Callable[_Given, _Built]] = []
 
         @functools.wraps(build)
-        def run(*args: Any, **kwargs: Any) -> _Built:
+        def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Built:
             if not torch.compiler.is_dynamo_compiling():
                 return build(*args, **kwargs)
             torch._dynamo.graph_break(msg=f"saccade builds outside of compiled functions: {what}")

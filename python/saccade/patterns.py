@@ -13,13 +13,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .graph import Graph
-from .maskbase import Mask
+from .graph import MAKING, Graph
+from .maskbase import Mask, untraced
 from .masks import Window
 
 __all__ = ["bigbird", "dilated", "grid2d", "longformer", "strided"]
 
 
+@untraced(MAKING)
 def strided(seqlen: int, stride: int, *, causal: bool = True) -> Graph:
     """The strided pattern of the Sparse Transformer (Child et al., 1904.10509), its two heads joined.
 
@@ -33,6 +34,7 @@ def strided(seqlen: int, stride: int, *, causal: bool = True) -> Graph:
     return _joined(seqlen, near, columns)
 
 
+@untraced(MAKING)
 def dilated(seqlen: int, window: int, dilation: int = 1, *, causal: bool = False) -> Mask:
     """A window with gaps, as in dilated convolution (van den Oord et al., 1609.03499; also 2004.05150).
 
@@ -47,6 +49,7 @@ def dilated(seqlen: int, window: int, dilation: int = 1, *, causal: bool = False
     return _joined(seqlen, _around(i, window, 0 if causal else window, dilation))
 
 
+@untraced(MAKING)
 def longformer(seqlen: int, window: int, global_tokens: Iterable[int] = (), *, dilation: int = 1) -> Mask:
     """A window and tokens that see and are seen by all (Beltagy, Peters, Cohan: 2004.05150).
 
@@ -65,6 +68,7 @@ def longformer(seqlen: int, window: int, global_tokens: Iterable[int] = (), *, d
     return _joined(seqlen, _around(i, window, window, dilation), columns, rows)
 
 
+@untraced(MAKING)
 def bigbird(  # noqa: PLR0913  the sizes of the paper's pattern
     seqlen: int,
     block_size: int,
@@ -105,6 +109,7 @@ def bigbird(  # noqa: PLR0913  the sizes of the paper's pattern
     return _joined(seqlen, _spans(i, first_key, first_key + block_size, seqlen=seqlen))
 
 
+@untraced(MAKING)
 def grid2d(
     height: int, width: int, radius: int | tuple[int, int], *, dilation: int = 1, causal: bool = False
 ) -> Graph:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..functional import attention
 from ..graph import Graph
+from ..maskbase import untraced
 from ..patterns import grid2d
 from ._asked import check_shape
 from .attention import MultiheadAttention
@@ -41,16 +42,23 @@ class PixelAttention(nn.Module):
         self._graphs: dict[Any, Graph] = {}
 
     def neighbourhood(self, height: int, width: int, device: Any = None) -> Graph | None:
-        """The mask for images of this size; it is kept."""
+        """The mask for images of this size; it is kept. `torch.compile(fullgraph=True)` wants it, and its
+        `prepare()`, before.
+        """
         if self.radius is None:
             return None
         key = (height, width, str(device))
         if key not in self._graphs:
-            graph = grid2d(height, width, self.radius, dilation=self.dilation)
-            while len(self._graphs) >= _KEPT:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = graph if device is None else graph.to(device)
+            self._build(height, width, device)
         return self._graphs[key]
+
+    @untraced("the mask for images of a new size: call neighbourhood(height, width, device).prepare() before")
+    def _build(self, height: int, width: int, device: Any) -> None:
+        assert self.radius is not None
+        graph = grid2d(height, width, self.radius, dilation=self.dilation)
+        while len(self._graphs) >= _KEPT:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[height, width, str(device)] = graph if device is None else graph.to(device)
 
     def forward(self, images: Tensor) -> Tensor:
         check_shape("images", images, "[N, C, H, W]", (4,))

@@ -236,3 +236,19 @@ def test_graphs_joined_keep_the_edges_of_all_and_the_numbers_of_the_first() -> N
     assert mask.graph is not None and torch.equal(mask.graph.materialize(), first & second)
     assert mask.graph.num_edges == int(first.sum())
     assert mask.prepare() is mask and "tiles" in mask.graph._cache
+
+
+@pytest.mark.parametrize("kind", ["lengths", "keep", "segments", "window"])
+def test_numbers_of_a_mask_are_not_mapped_over(kind: str) -> None:
+    q, n = torch.randn(3, 1, 2, 6, 8), torch.tensor([[2, 1], [4, 2], [6, 3]])
+    masks = {
+        "lengths": lambda n: KeyPadding(n[:1]),
+        "keep": lambda n: KeyPadding(keep=torch.arange(6)[None] < n[:1, None]),
+        "segments": lambda n: Segments(torch.arange(6)[None] // n[:1, None]),
+        "window": lambda n: Window(n, 0),
+    }
+    with pytest.raises(ValueError, match="vmap maps over no numbers of a mask"):
+        torch.func.vmap(lambda q, n: saccade.attention(q, q, q, masks[kind](n)))(q, n)
+    fixed = masks[kind](n[1])  # one mask for all entries is no number that is mapped
+    found = torch.func.vmap(lambda q: saccade.attention(q, q, q, fixed))(q)
+    torch.testing.assert_close(found, torch.stack([saccade.attention(x, x, x, fixed) for x in q]))

@@ -24,6 +24,7 @@ def as_bound(name: str, value: object) -> Bound:
     if isinstance(value, bool) or not isinstance(value, int | Tensor | torch.SymInt):
         raise TypeError(f"{name}: expected an int, None or an integer tensor [H], got {type(value).__name__}")
     if isinstance(value, Tensor):
+        _check_unmapped(name, value)
         _check_integers(name, value)
         if value.dim() == 0:
             return int(value)
@@ -39,6 +40,7 @@ def _own(name: str, value: Any) -> Tensor:
     backward pass reads again.
     """
     if isinstance(value, Tensor):
+        _check_unmapped(name, value)
         return value.detach().clone(memory_format=torch.contiguous_format)
     try:
         return torch.tensor(value)
@@ -46,6 +48,14 @@ def _own(name: str, value: Any) -> Tensor:
         raise TypeError(
             f"{name}: expected a tensor or numbers, got {type(value).__name__} ({error})"
         ) from None
+
+
+def _check_unmapped(name: str, value: Tensor) -> None:
+    if torch._C._functorch.is_batchedtensor(value):
+        raise ValueError(
+            f"{name}: torch.func.vmap maps over no numbers of a mask: make what is mapped the batch "
+            "dimension of q, k, v and the mask, or give a bias that is -inf where a pair is masked"
+        )
 
 
 def _check_integers(name: str, value: Tensor) -> None:

@@ -187,7 +187,7 @@ void cuda_archs(StableIValue* stack, uint64_t, uint64_t) {
   "Tensor? seed, " SACCADE_MASK_ARGS                                                                     \
   ", int score, int activation, float scale, float softcap, float slope, float dropout_p, int body"
 
-#define SACCADE_GRAPH_ARGS                                                                                   \
+#define SACCADE_GRAPH_ARGS \
   "Tensor indptr, Tensor indices, Tensor? edge_ids, Tensor? edge_bias, Tensor? edge_q, Tensor? edge_x"
 
 STABLE_TORCH_LIBRARY(saccade, m) {

@@ -10,7 +10,7 @@ import triton.language as tl
 # Names of arguments: lengths, bounds and counts.
 RUNTIME = [
     "seqlen_q", "seqlen_k", "left_end", "right_end", "left_start", "right_start", "rel_size", "blocks",
-    "splits", "batch", "columns", "items", "slots", "cut", "count",
+    "splits", "batch", "columns", "items", "slots", "cut", "count", "span",
 ]  # fmt: skip
 
 

@@ -214,6 +214,8 @@ def tiled_backward_q(
     """dQ, and each query tile's share of the score's weight: dweight [B, H, blocks, D]; or one of them."""
     ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
     COLUMNS: tl.constexpr = (S.dim + BLOCK_D - 1) // BLOCK_D
+    TIGHT: tl.constexpr = S.tight and BLOCK_D >= 128
+    ONE: tl.constexpr = S.irregular or TIGHT  # one loop serves all tiles, and checks them
     WEIGHT: tl.constexpr = dweight is not None
     program = tl.program_id(0)
     column = (program % COLUMNS) * BLOCK_D
@@ -265,23 +267,23 @@ def tiled_backward_q(
             )  # fmt: skip
     else:
         k_low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, N)
-        if S.irregular:
+        if ONE:
             full_first, full_last = first, first
-        if S.bounded_left and not S.irregular:
-            for j0 in range(first, full_first, N):
+        if S.bounded_left and not ONE:
+            for j0 in tl.range(first, full_first, N, disable_licm=TIGHT):
                 acc, dw = query_tile(
                     acc, dw, q_tile, q, q_base, do_tile, dout, do_base, k, k_base, v, v_base, i, begin,
                     end, high, low, deltas, j0, k_low, last, 0, b, h, column, seqlen_q, seqlen_k, max_k,
                     rel_size, terms, mask, factor, S, M, N, BLOCK_D, BLOCK_DV, WEIGHT, True, False,
                 )  # fmt: skip
-        if not S.irregular:
-            for j0 in range(full_first, full_last, N):
+        if not ONE:
+            for j0 in tl.range(full_first, full_last, N, disable_licm=TIGHT):
                 acc, dw = query_tile(
                     acc, dw, q_tile, q, q_base, do_tile, dout, do_base, k, k_base, v, v_base, i, begin,
                     end, high, low, deltas, j0, k_low, last, 0, b, h, column, seqlen_q, seqlen_k, max_k,
                     rel_size, terms, mask, factor, S, M, N, BLOCK_D, BLOCK_DV, WEIGHT, False, False,
                 )  # fmt: skip
-        for j0 in range(full_last, last, N):
+        for j0 in tl.range(full_last, last, N, disable_licm=TIGHT):
             acc, dw = query_tile(
                 acc, dw, q_tile, q, q_base, do_tile, dout, do_base, k, k_base, v, v_base, i, begin, end,
                 high, low, deltas, j0, k_low, last, 0, b, h, column, seqlen_q, seqlen_k, max_k, rel_size,
@@ -366,6 +368,8 @@ def tiled_backward_kv(
     COLUMNS: tl.constexpr = (S.dim + BLOCK_D - 1) // BLOCK_D
     V_COLUMNS: tl.constexpr = (S.dim_v + BLOCK_DV - 1) // BLOCK_DV
     WAYS: tl.constexpr = COLUMNS if COLUMNS > V_COLUMNS else V_COLUMNS
+    TIGHT: tl.constexpr = S.tight and BLOCK_D >= 64
+    ONE: tl.constexpr = S.irregular or TIGHT  # one loop serves all tiles, and checks them
     GROUP: tl.constexpr = 1 if EXTRA else S.group
     HEADS: tl.constexpr = S.heads // GROUP
     program = tl.program_id(0)
@@ -391,7 +395,7 @@ def tiled_backward_kv(
     v_tile = load_rows(v, v_base, j0, k_inside, 0, S.dim_v, N, BLOCK_DV, S.far)
     dk_acc = fresh(blocks, N, BLOCK_D, S)
     dv_acc = fresh(blocks + 1, N, BLOCK_DV, S)
-    for g in range(GROUP):
+    for g in tl.range(GROUP, disable_licm=TIGHT):
         h = hk * GROUP + g
         q_base = rows_at(q, b, h, q_begin)
         do_base = rows_at(dout, b, h, q_begin)
@@ -400,14 +404,14 @@ def tiled_backward_kv(
             first = tl.load(ptr + block)
             whole = tl.load(whole_end + block)
             last = tl.load(ptr + block + 1)
-            for t in range(first, whole):
+            for t in tl.range(first, whole, disable_licm=TIGHT):
                 dk_acc, dv_acc = key_tile(
                     dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base,
                     tl.load(rows + t) * M, j0, k_inside, 0, stats, b, h, q_begin, way * BLOCK_D, way *
                     BLOCK_DV, seqlen_q, seqlen_k, max_k, rel_size, terms, mask, band, unit, factor, S, M,
                     N, BLOCK_D, BLOCK_DV, False, EXTRA,
                 )  # fmt: skip
-            for t in range(whole, last):
+            for t in tl.range(whole, last, disable_licm=TIGHT):
                 dk_acc, dv_acc = key_tile(
                     dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base,
                     tl.load(rows + t) * M, j0, k_inside, tl.load(numbers + t), stats, b, h, q_begin, way *
@@ -418,24 +422,24 @@ def tiled_backward_kv(
             first, full_first, full_last, last = row_ranges(j0, b, h, seqlen_q, seqlen_k, band, mask, M, N)
             if EXTRA:
                 first, full_first, full_last, last = 0, 0, 0, seqlen_q
-            if S.irregular:
+            if ONE:
                 full_first, full_last = first, first
-            if not S.irregular and not EXTRA:
-                for i0 in range(first, full_first, M):
+            if not ONE and not EXTRA:
+                for i0 in tl.range(first, full_first, M, disable_licm=TIGHT):
                     dk_acc, dv_acc = key_tile(
                         dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base,
                         i0, j0, k_inside, 0, stats, b, h, q_begin, way * BLOCK_D, way * BLOCK_DV,
                         seqlen_q, seqlen_k, max_k, rel_size, terms, mask, band, unit, factor, S, M, N,
                         BLOCK_D, BLOCK_DV, True, EXTRA,
                     )  # fmt: skip
-                for i0 in range(full_first, full_last, M):
+                for i0 in tl.range(full_first, full_last, M, disable_licm=TIGHT):
                     dk_acc, dv_acc = key_tile(
                         dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base,
                         i0, j0, k_inside, 0, stats, b, h, q_begin, way * BLOCK_D, way * BLOCK_DV,
                         seqlen_q, seqlen_k, max_k, rel_size, terms, mask, band, unit, factor, S, M, N,
                         BLOCK_D, BLOCK_DV, False, EXTRA,
                     )  # fmt: skip
-            for i0 in range(full_last, last, M):
+            for i0 in tl.range(full_last, last, M, disable_licm=TIGHT):
                 dk_acc, dv_acc = key_tile(
                     dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base, i0,
                     j0, k_inside, 0, stats, b, h, q_begin, way * BLOCK_D, way * BLOCK_DV, seqlen_q,

@@ -104,22 +104,52 @@ class Call:
         arch, size = architecture(self.q.device), self.q.element_size()
         left_end, right_end, left_start, right_start = self.band
         narrow = max(left_end, right_end) < UNBOUNDED or max(left_start, right_start) < UNBOUNDED
-        terms = self.bias is not None or self.rel_bias is not None or self.softcap or self.dropout_p
-        load = "scores" if self.score else "terms" if terms else ""
-        found = config.pick(name, arch, size, dim, "window" if narrow else "full", load)
+        found = config.pick(name, arch, size, dim, "window" if narrow else "full", self._load(name))
         if self.tiles:
             return Config(_TILE, _TILE, min(found.block_d, 64), found.num_warps, 1, found.measured)
         biases = sum(x.element_size() for x in (self.bias, self.rel_bias) if x is not None)
         more = biases + (self.dropout_p > 0)
         return config.fitted(found, name, arch, size, more) if more or self.extra_k is not None else found
 
-    def static(self) -> Static:
+    def _load(self, name: str) -> str:
+        """What the call does for each pair that the table's own does not; see `config.lighter`."""
+        biased = self.bias is not None or self.rel_bias is not None
+        if self.score:
+            return "scores"
+        if name in ("weights", "bias"):  # the terms that take their registers
+            heavy = biased and bool(self.tiles) if name == "weights" else self.rel_bias is not None
+            return "terms" if heavy else ""
+        if biased or self.softcap or self.dropout_p:
+            return "terms"
+        return "mask" if self._is_bounded or self.keep is not None or self.lengths is not None else ""
+
+    @property
+    def _is_bounded(self) -> bool:
+        return self.head_bounds is not None or bool(self.chunks)
+
+    def is_tight(self, name: str) -> bool:
+        """Would ptxas run out of registers in a pass where 128 columns are held? Then nothing is hoisted out
+        of the loops over tiles, and one loop, whose tiles are all checked, stands for that of whole tiles and
+        those beside it: what one loop keeps for the next is kept through all of them. Which calls these are,
+        tests/test_triton_compiles.py found; others keep their loops.
+        """
+        drops = self.dropout_p > 0
+        if name == "forward":
+            return self.bias is not None and not drops
+        if name == "backward_q":
+            return self.bias is not None or self.score > 0 or (self.rel_bias is not None and drops)
+        if name != "backward_kv" or self.score:
+            return False
+        terms = self.bias is not None or self.rel_bias is not None or self.extra_k is not None or drops
+        return terms or self._load(name) == "mask" or self.q_ids is not None or not self.has_lse
+
+    def static(self, name: str = "") -> Static:
         q, keeps = self.q, self.keep is not None or self.q_ids is not None
         bare = not (self.score or self.softcap or self.bias is not None or self.rel_bias is not None)
         wide = q.dtype == torch.float64
         # Asked of the backend itself: what was set by torch's newer interface makes the older one raise.
         loose = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        bounded = self.head_bounds is not None or bool(self.chunks)
+        bounded = self._is_bounded
         return Static(
             score=self.score,
             activation=self.activation,
@@ -139,6 +169,7 @@ class Call:
             gaps=keeps or bool(self.tiles) or bool(self.chunks) or self.bias is not None,
             by_query=self.is_by_query,
             far=self._is_far(),
+            tight=self.is_tight(name),
         )
 
     def _is_far(self, *others: Tensor) -> bool:

@@ -189,25 +189,36 @@ def fitted(shape: Config, name: str, arch: str, size: int, pair: int) -> Config:
 
 def pick(name: str, arch: str, size: int, dim: int, kind: str = "full", load: str = "") -> Config:
     """The tile shape of a pass for elements of `size` bytes, heads of `dim` columns, a kind of mask, and what
-    the call does beside the table's for each pair: nothing, "terms" or "scores".
+    the call does beside the table's for each pair: nothing, "mask", "terms" or "scores".
     """
     if _override and name in _override[-1]:
         return _override[-1][name]
     _load_tuned()
     full = TABLE[name, arch, size, width(dim), "full"]
     found = TABLE.get((name, arch, size, width(dim), kind), full)
-    return lighter(found, name, load) if load and name in PASSES[:3] else found
+    return lighter(found, name, load) if load and name != "decode" else found
 
 
 def lighter(shape: Config, name: str, load: str) -> Config:
     """`shape` for a call with terms of its own for each pair (biases, softcap, dropout), or with scores that
-    are no product: those take registers too, which tiles of more than 64 x 64 do not leave.
+    are no product: those take registers too, which tiles of more than 64 x 64 do not leave. Masks beyond a
+    band take as many only beside the two sums of the keys' pass.
+
+    Three calls at head_dim 128 still keep numbers in local memory, 8 to 40 bytes in that pass on sm_90: a
+    dense fp32 bias with dropout, and in packed sequences a bias by query, or one by distance with dropout.
+    Of 255 registers dK and dV take 64, and scores, dP, weights and gradients 16 each, as both groups of warps
+    hold the same 64 keys. 16 queries for a tile, or a pipeline of one stage, would free the last two only.
     """
     if shape.block_m < 64:
         return shape
+    if name in ("weights", "bias"):
+        return replace(shape, num_warps=8)
+    sums = name == "backward_kv" and min(shape.block_n, shape.block_d) >= 64
+    if load == "mask":
+        return replace(shape, block_m=32) if sums else shape
     streamed = 32 if shape.block_d >= 128 else 64
     narrow = {"forward": False, "backward_q": shape.block_d > 128, "backward_kv": True}[name]
-    m = min(shape.block_m, streamed if narrow else 64)
+    m = 32 if sums and load == "terms" else min(shape.block_m, streamed if narrow else 64)
     n = min(shape.block_n, streamed if name == "forward" else 64)
     few = name == "forward" and load == "terms" and shape.block_d <= 128
     return replace(shape, block_m=m, block_n=n, num_warps=4 if few else 8)

@@ -25,6 +25,7 @@ class Edges(NamedTuple):
     bias: Any = None  # [H or 1, num_edges]
     bias_head: Any = 0  # `runtime`
     x: Any = None  # [num_edges, De], contiguous
+    weight: Any = None  # [H, De, D], contiguous: W of features that join an additive score
 
 
 class Items(NamedTuple):
@@ -76,6 +77,25 @@ def load_vector(ptr, h, DIM: tl.constexpr, COLS: tl.constexpr):
     """[1, COLS] of row h of a contiguous [H, DIM]."""
     c = tl.arange(0, COLS)
     return tl.load(ptr + h * DIM + c, mask=c < DIM, other=0.0)[None, :]
+
+
+@triton.jit
+def with_features(qt, ids, inside, h, edges, S: tl.constexpr, E: tl.constexpr, D: tl.constexpr):
+    """q + W e [E, D] of edges whose features join the score, else qt as it came: the rest of an additive
+    score cannot tell the two from a query. W e is formed anew wherever it is needed, a feature at a time.
+    """
+    if S.joint == 0:
+        return qt
+    else:
+        ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
+        d = tl.arange(0, D)
+        weight = edges.weight + h.to(tl.int64) * (S.joint * S.dim) + d
+        at = edges.x + ids.to(tl.int64) * S.joint
+        total = qt + tl.zeros((E, D), ACC)
+        for c in range(S.joint):
+            x = tl.load(at + c, mask=inside, other=0.0).to(ACC)
+            total += x[:, None] * tl.load(weight + c * S.dim, mask=d < S.dim, other=0.0)[None, :]
+        return total
 
 
 @triton.jit

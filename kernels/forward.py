@@ -95,6 +95,8 @@ def tiled_forward(
 ):  # fmt: skip
     """`tiles`: of a graph, (row pointers, ends of the whole tiles, columns, numbers), else empty."""
     COLUMNS: tl.constexpr = (S.dim_v + BLOCK_DV - 1) // BLOCK_DV
+    TIGHT: tl.constexpr = S.tight and BLOCK_DV >= 128
+    ONE: tl.constexpr = S.irregular or TIGHT  # one loop serves all tiles, and checks them
     program = tl.program_id(0)
     column = (program % COLUMNS) * BLOCK_DV
     # The last block first: under a causal mask it is the heaviest.
@@ -142,23 +144,23 @@ def tiled_forward(
             )  # fmt: skip
     else:
         low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, N)
-        if S.irregular:
+        if ONE:
             full_first, full_last = first, first
-        if S.bounded_left and not S.irregular:
-            for j0 in range(first, full_first, N):
+        if S.bounded_left and not ONE:
+            for j0 in tl.range(first, full_first, N, disable_licm=TIGHT):
                 acc, peak, total = attend_tile(
                     acc, peak, total, q_tile, q, q_base, k, k_base, v, v_base, i, begin, end, j0, low,
                     last, 0, b, h, column, seqlen_q, seqlen_k, max_k, rel_size, terms, mask, None, factor,
                     S, M, N, BLOCK_D, BLOCK_DV, True, False,
                 )  # fmt: skip
-        if not S.irregular:
-            for j0 in range(full_first, full_last, N):
+        if not ONE:
+            for j0 in tl.range(full_first, full_last, N, disable_licm=TIGHT):
                 acc, peak, total = attend_tile(
                     acc, peak, total, q_tile, q, q_base, k, k_base, v, v_base, i, begin, end, j0, low,
                     last, 0, b, h, column, seqlen_q, seqlen_k, max_k, rel_size, terms, mask, None, factor,
                     S, M, N, BLOCK_D, BLOCK_DV, False, False,
                 )  # fmt: skip
-        for j0 in range(full_last, last, N):
+        for j0 in tl.range(full_last, last, N, disable_licm=TIGHT):
             acc, peak, total = attend_tile(
                 acc, peak, total, q_tile, q, q_base, k, k_base, v, v_base, i, begin, end, j0, low, last,
                 0, b, h, column, seqlen_q, seqlen_k, max_k, rel_size, terms, mask, None, factor, S, M, N,

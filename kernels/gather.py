@@ -3,7 +3,8 @@
 The work is cut into items of bounded size (`config.ITEM` edges), so that a hub's row is shared by many
 programs and a leaf's costs one short one. The pieces of a row that was cut are merged in their order; nothing
 is added atomically. Edge features are folded into the query: q . (k + W e) = q . k + (q W) . e, so a kernel
-sees q W and returns sum p e (see python/saccade/gather.py).
+sees q W and returns sum p e (see python/saccade/gather.py). Those that join an additive score belong to each
+pair: W e is added to the query, edge by edge.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ import triton
 import triton.language as tl
 
 from .arguments import RUNTIME
-from .edges import edge_logits, edge_numbers, item_of, kept_edges, load_at, load_features, store_at
+from .edges import (
+    edge_logits,
+    edge_numbers,
+    item_of,
+    kept_edges,
+    load_at,
+    load_features,
+    store_at,
+    with_features,
+)
 from .softmax import RELU, SIGMOID, SOFTMAX1, row_lse, weigh
 from .tile import number, pair_stays, rows_at, unit_of, vector_at
 
@@ -54,7 +64,8 @@ def gather_forward(
         ext = kt
         if EDGE > 0:
             ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
-        s, bent = edge_logits(qt, kt, eqt, ext, kept, ids, h, terms, edges, S, D)
+        own = with_features(qt, ids, kept, h, edges, S, E, D)
+        s, bent = edge_logits(own, kt, eqt, ext, kept, ids, h, terms, edges, S, D)
         kept = kept & (s != float("-inf"))
         if S.activation == RELU or S.activation == SIGMOID:
             p = weigh(s[None, :], peak, peak, factor, S, False)

@@ -18,6 +18,7 @@ from .edges import (
     load_query_side,
     load_vector,
     store_at,
+    with_features,
 )
 from .tile import DOT, joint, joint_slope, number, rows_at, unit_of
 
@@ -58,8 +59,9 @@ def gather_backward_rows(
         ext = kt
         if EDGE > 0:
             ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
+        own = with_features(qt, ids, kept, h, edges, S, E, D)
         used, ds, dscore = edge_gradients(
-            qt, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges, factor,
+            own, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges, factor,
             S, E, D, EDGE,
         )  # fmt: skip
         seen = dscore != 0.0
@@ -70,7 +72,7 @@ def gather_backward_rows(
         else:
             slope = number(terms, 2).to(ACC)
             w = load_vector(terms.weight, h, S.dim, D)
-            x = qt + kt
+            x = own + kt
             grad += tl.sum(tl.where(seen[:, None], dscore[:, None] * w * joint_slope(x, slope, S), 0.0), 0)
             dw += tl.sum(tl.where(seen[:, None], dscore[:, None] * joint(x, slope, S), 0.0), 0)
     scale = number(terms, 0).to(ACC)
@@ -125,8 +127,9 @@ def gather_backward_keys(
             ext = qt
             if EDGE > 0:
                 ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
+            own = with_features(qt, ids, kept, h, edges, S, E, D)
             used, ds, dscore = edge_gradients(
-                qt, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges,
+                own, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges,
                 factor, S, E, D, EDGE,
             )  # fmt: skip
             seen = (used != 0.0) | (dscore != 0.0)
@@ -135,7 +138,7 @@ def gather_backward_keys(
                 dk_acc += tl.sum(tl.where(seen[:, None], dscore[:, None] * qt, 0.0), 0)
             else:
                 w = load_vector(terms.weight, h, S.dim, D)
-                slopes = joint_slope(qt + kt, number(terms, 2).to(ACC), S)
+                slopes = joint_slope(own + kt, number(terms, 2).to(ACC), S)
                 dk_acc += tl.sum(tl.where(seen[:, None], dscore[:, None] * w * slopes, 0.0), 0)
     dk_acc = dk_acc * number(terms, 0).to(ACC)
     if slot >= 0:
@@ -173,55 +176,100 @@ def sum_pieces(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def gather_backward_edges(
-    q, k, v, edge_q, dout, dout_edge, dedge_bias, dedge_x, stats, edges, terms, mask,
-    seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, count, batch,
+    q, k, v, edge_q, dout, dout_edge, dedge_bias, dedge_x, dweight, stats, edges, terms, mask,
+    seqlen_q, seqlen_k, left_end, right_end, left_start, right_start, count, batch, span,
     S: tl.constexpr, E: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DE: tl.constexpr, EDGE: tl.constexpr,
     PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of what belongs to an edge, summed over the batch, and over heads unless PER_HEAD. Either
-    of dedge_bias and dedge_x (Rows) may be None.
+    """The gradients of what belongs to an edge, summed over the batch, and over heads unless PER_HEAD; one
+    program for each `span` edges. dedge_bias, dedge_x (Rows) and dweight may be None; dweight [programs, H,
+    De, D] takes each program's share of the W of features that join the score.
     """
     ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
-    e = tl.program_id(0) * E + tl.arange(0, E)
-    inside = e < count
+    begin = tl.program_id(0).to(tl.int64) * span
+    end = tl.minimum(begin + span, count).to(tl.int32)
     band = (left_end, right_end, left_start, right_start)
     unit, factor = unit_of(terms, S)
-    i = tl.load(edges.rows + e, mask=inside, other=0)
-    j = tl.load(edges.keys + e, mask=inside, other=0)
-    ids = edge_numbers(edges, e, inside)
     scale = number(terms, 0).to(ACC)
-    x_grad = tl.zeros((E, DE), ACC)
-    bias_grad = tl.zeros((E,), ACC)
-    for h_at in range(S.heads):
-        h = h_at + tl.program_id(0) * 0
-        if PER_HEAD:
-            bias_grad = tl.zeros((E,), ACC)
-        for b_at in range(batch):
-            b = b_at + tl.program_id(0) * 0
-            zero = b.to(tl.int64) * 0
-            kept = kept_edges(i, j, inside, b, h, seqlen_q, seqlen_k, band, mask)
-            qt, dot_, eqt, deot, high, low, delta = load_query_side(
-                q, dout, edge_q, dout_edge, stats, i, inside, kept, b, h, S, D, DV, DE, EDGE
-            )
-            kt = load_at(k, rows_at(k, b, h // S.group, zero), j, kept, S.dim, D, ACC)
-            vt = load_at(v, rows_at(v, b, h // S.group, zero), j, kept, S.dim_v, DV, ACC)
-            ext = qt
-            if EDGE > 0:
-                ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
-            used, ds, dscore = edge_gradients(
-                qt, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges,
-                factor, S, E, D, EDGE,
-            )  # fmt: skip
-            bias_grad += ds
-            if EDGE > 0:
-                seen = (used != 0.0) | (dscore != 0.0)
-                sent = scale * dscore[:, None] * eqt + used[:, None] * deot
-                x_grad += tl.where(seen[:, None], sent, 0.0)
-        if PER_HEAD and dedge_bias is not None:
-            tl.store(dedge_bias + h.to(tl.int64) * plain(edges.bias_head) + ids, bias_grad, mask=inside)
-    if not PER_HEAD and dedge_bias is not None:
-        tl.store(dedge_bias + ids, bias_grad, mask=inside)
-    if dedge_x is not None:
-        c = tl.arange(0, DE)
-        at = dedge_x + ids.to(tl.int64)[:, None] * EDGE + c[None, :]
-        tl.store(at, x_grad, mask=inside[:, None] & (c < EDGE)[None, :])
+    for e0 in range(begin.to(tl.int32), end, E):
+        e = e0 + tl.arange(0, E)
+        inside = e < end
+        i = tl.load(edges.rows + e, mask=inside, other=0)
+        j = tl.load(edges.keys + e, mask=inside, other=0)
+        ids = edge_numbers(edges, e, inside)
+        x_grad = tl.zeros((E, DE), ACC)
+        bias_grad = tl.zeros((E,), ACC)
+        for h_at in range(S.heads):
+            h = h_at + tl.program_id(0) * 0
+            if PER_HEAD:
+                bias_grad = tl.zeros((E,), ACC)
+            joined = tl.zeros((E, D), ACC)
+            live = e < 0
+            for b_at in range(batch):
+                b = b_at + tl.program_id(0) * 0
+                zero = b.to(tl.int64) * 0
+                kept = kept_edges(i, j, inside, b, h, seqlen_q, seqlen_k, band, mask)
+                qt, dot_, eqt, deot, high, low, delta = load_query_side(
+                    q, dout, edge_q, dout_edge, stats, i, inside, kept, b, h, S, D, DV, DE, EDGE
+                )
+                kt = load_at(k, rows_at(k, b, h // S.group, zero), j, kept, S.dim, D, ACC)
+                vt = load_at(v, rows_at(v, b, h // S.group, zero), j, kept, S.dim_v, DV, ACC)
+                ext = qt
+                if EDGE > 0:
+                    ext = load_features(edges.x, ids, kept, EDGE, DE, ACC)
+                own = with_features(qt, ids, kept, h, edges, S, E, D)
+                used, ds, dscore = edge_gradients(
+                    own, kt, dot_, vt, eqt, ext, deot, i, j, kept, ids, high, low, delta, b, h, terms, edges,
+                    factor, S, E, D, EDGE,
+                )  # fmt: skip
+                bias_grad += ds
+                if EDGE > 0:
+                    seen = (used != 0.0) | (dscore != 0.0)
+                    sent = scale * dscore[:, None] * eqt + used[:, None] * deot
+                    x_grad += tl.where(seen[:, None], sent, 0.0)
+                if S.joint > 0:
+                    seen = dscore != 0.0
+                    live = live | seen
+                    w = load_vector(terms.weight, h, S.dim, D) * joint_slope(
+                        own + kt, number(terms, 2).to(ACC), S
+                    )
+                    joined += tl.where(seen[:, None], dscore[:, None] * w, 0.0)
+            if PER_HEAD and dedge_bias is not None:
+                tl.store(dedge_bias + h.to(tl.int64) * plain(edges.bias_head) + ids, bias_grad, mask=inside)
+            if S.joint > 0:
+                send_to_features(
+                    joined * scale, live, inside, ids, h, e0 == begin, dedge_x, dweight, edges, S, D
+                )
+        if not PER_HEAD and dedge_bias is not None:
+            tl.store(dedge_bias + ids, bias_grad, mask=inside)
+        if EDGE > 0 and dedge_x is not None:
+            c = tl.arange(0, DE)
+            at = dedge_x + ids.to(tl.int64)[:, None] * EDGE + c[None, :]
+            tl.store(at, x_grad, mask=inside[:, None] & (c < EDGE)[None, :])
+
+
+@triton.jit
+def send_to_features(
+    joined, live, inside, ids, h, is_first, dedge_x, dweight, edges, S: tl.constexpr, D: tl.constexpr
+):
+    """From the gradient J [E, D] of q + k + W e in one head: de += J W of the edges, and this program's share
+    dW += J^T e. What is added to was written by this program: by that of an earlier head, of an earlier block
+    of edges (not is_first).
+    """
+    ACC: tl.constexpr = tl.float64 if S.wide else tl.float32
+    d = tl.arange(0, D)
+    ids = ids.to(tl.int64)
+    tl.debug_barrier()  # another lane of the warp may have written what is read here
+    weight = edges.weight + h.to(tl.int64) * (S.joint * S.dim) + d
+    for c in range(S.joint):
+        if dedge_x is not None:
+            w = tl.load(weight + c * S.dim, mask=d < S.dim, other=0.0)
+            at = dedge_x + ids * S.joint + c
+            before = tl.load(at, mask=inside & (h > 0), other=0.0)
+            tl.store(at, before + tl.sum(joined * w[None, :], 1), mask=inside)
+        if dweight is not None:
+            x = tl.load(edges.x + ids * S.joint + c, mask=live, other=0.0).to(ACC)
+            program = tl.program_id(0).to(tl.int64)
+            at = dweight + ((program * S.heads + h) * S.joint + c) * S.dim + d
+            before = tl.load(at, mask=(d < S.dim) & (is_first == 0), other=0.0)
+            tl.store(at, before + tl.sum(joined * x[:, None], 0), mask=d < S.dim)

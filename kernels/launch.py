@@ -29,7 +29,7 @@ def forward(call: Call, out: Tensor, lse: Tensor) -> None:
         tiled_forward[grid](
             call.rows(call.q), call.rows(call.k), call.rows(call.v), call.rows(out), call.vector(lse),
             *_shared(call), call.tile_lists(False), *call.lengths_and_band(blocks),
-            S=call.static(), M=shape.block_m, N=shape.block_n, BLOCK_D=widths[0], BLOCK_DV=widths[1],
+            S=call.static("forward"), M=shape.block_m, N=shape.block_n, BLOCK_D=widths[0], BLOCK_DV=widths[1],
             num_warps=shape.num_warps, num_stages=shape.num_stages,
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ def _queries(call: Call, state: tuple[Any, ...], dq: Tensor | None, dweight: Ten
         call.rows(call.q), call.rows(call.k), call.rows(call.v), dout,
         None if dq is None else call.rows(dq), shares, stats, *_shared(call), call.tile_lists(False),
         *call.lengths_and_band(blocks),
-        S=call.static(), M=shape.block_m, N=shape.block_n, BLOCK_D=widths[0], BLOCK_DV=widths[1],
+        S=call.static("backward_q"), M=shape.block_m, N=shape.block_n, BLOCK_D=widths[0], BLOCK_DV=widths[1],
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     if dweight is not None and shares is not None:
@@ -155,6 +155,6 @@ def _launch_keys(
         call.rows(call.q), call.rows(k), call.rows(v), dout,
         None if dk is None else call.rows(dk), None if dv is None else call.rows(dv), stats,
         *_shared(call), call.tile_lists(True), *call.lengths_and_band(blocks),
-        S=call.static(), M=shape.block_m, N=16 if extra else shape.block_n, BLOCK_D=widths[0],
+        S=call.static("backward_kv"), M=shape.block_m, N=16 if extra else shape.block_n, BLOCK_D=widths[0],
         BLOCK_DV=widths[1], EXTRA=extra, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip

@@ -17,7 +17,11 @@ from .launch import statistics
 from .tile import Rows
 
 _WARPS = 1
-_SPAN = 2048  # numbers of a block of edges
+# Numbers of a block of edges in a pass, so that its registers hold them: without features, and with.
+_BLOCK = {"forward": (2048, 1024), "rows": (2048, 512), "keys": (2048, 512), "edges": (1024, 512)}
+# Of the gradient of W: the fewest edges of a partial sum, and the numbers that all of them together may take.
+# So how the sum is split follows from the shapes alone.
+_PART, _PARTS = 64, 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class GatherCall:
     keys: Tensor  # [E] int32
     ids: Tensor | None
     edge_bias: Tensor | None  # [1 or H, num_edges]
-    edge_q: Tensor | None  # [B, H, Sq, De]
+    edge_q: Tensor | None  # [B, H, Sq, De]; of an additive score W [1, H, D, De]
     edge_x: Tensor | None  # [num_edges, De]
     num_edges: int
 
@@ -38,31 +42,46 @@ class GatherCall:
         return GatherCall(Call(*call), *edges)
 
     @property
+    def joint_dim(self) -> int:
+        """De of features that join an additive score."""
+        return 0 if self.edge_x is None or not self.call.score else self.edge_x.shape[1]
+
+    @property
     def edge_dim(self) -> int:
-        return 0 if self.edge_x is None else self.edge_x.shape[1]
+        """De of features that are folded into queries and outputs."""
+        return 0 if self.edge_x is None or self.call.score else self.edge_x.shape[1]
+
+    @property
+    def folded(self) -> Tensor | None:
+        """q W."""
+        return None if self.call.score else self.edge_q
 
     def edges(self, rows: Tensor | None, keys: Tensor | None, ids: Tensor | None) -> Edges:
-        bias, x = self.edge_bias, self.edge_x
+        bias, x, weight = self.edge_bias, self.edge_x, None
+        if self.joint_dim and self.edge_q is not None:
+            weight = self.edge_q[0].mT.contiguous()
         bias_head = runtime(0 if bias is None or bias.shape[0] == 1 else bias.stride(0))
-        return Edges(rows, keys, ids, bias, bias_head, None if x is None else x.contiguous())
+        return Edges(rows, keys, ids, bias, bias_head, None if x is None else x.contiguous(), weight)
 
     def inputs(self) -> tuple[Rows | None, ...]:
         """q, k, v and q W."""
-        call, edge_q = self.call, self.edge_q
+        call, edge_q = self.call, self.folded
         return (*map(call.rows, (call.q, call.k, call.v)), None if edge_q is None else call.rows(edge_q))
 
-    def shape(self) -> dict[str, Any]:
-        """What every kernel of the body is compiled for."""
+    def shape(self, name: str) -> dict[str, Any]:
+        """What the kernels of a pass are compiled for."""
         static = self.call.static()
         static = static._replace(
             bare=static.bare and self.edge_bias is None,
             exact=static.exact or self.edge_bias is not None,
             graph=False,
+            joint=self.joint_dim,
         )
         wide, wide_v, wide_e = (_power_of_two(n) for n in (static.dim, static.dim_v, self.edge_dim))
-        edges = max(1, min(32, _SPAN // max(wide, wide_v)))
+        numbers = _BLOCK[name][self.edge_x is not None] // (2 if static.wide else 1)
+        edges = max(1, min(32, numbers // max(wide, wide_v, wide_e)))
         return {"S": static, "E": edges, "D": wide, "DV": wide_v, "DE": wide_e, "EDGE": self.edge_dim,
-                "num_warps": _WARPS}  # fmt: skip
+                "num_warps": 4 if static.wide else _WARPS}  # fmt: skip
 
 
 def _power_of_two(n: int) -> int:
@@ -71,7 +90,7 @@ def _power_of_two(n: int) -> int:
 
 def forward(g: GatherCall, out: Tensor, lse: Tensor, mixed: Tensor) -> None:
     """Fill out, lse and the sums p e."""
-    call, shape = g.call, g.shape()
+    call, shape = g.call, g.shape("forward")
     *work, cut, ends = g.work
     slots = 0 if not cut.numel() else g.work[3].numel()
     pairs = call.batch * call.heads
@@ -106,16 +125,19 @@ def backward(
         if g.keys.numel() < g.num_edges or not g.call.batch:
             grad.zero_()
     if not g.call.batch * g.call.heads:
+        dweight.zero_()
+        dedge_q.zero_()
         return
     with on_device(dout):
-        stats = statistics(g.call, dout, dlse, out, lse, g.shape()["S"])
+        stats = statistics(g.call, dout, dlse, out, lse, g.shape("rows")["S"])
         state = (g.call.rows(dout), None if dout_edge is None else g.call.rows(dout_edge))
-        if any(x.numel() for x in (dq, dweight, dedge_q)):
-            _by_row(g, state, stats, dq, dedge_q, dweight)
+        dfolded, djoint = (dedge_q[:0], dedge_q) if g.joint_dim else (dedge_q, dedge_q[:0])
+        if any(x.numel() for x in (dq, dweight, dfolded)):
+            _by_row(g, state, stats, dq, dfolded, dweight)
         if dk.numel() or dv.numel():
             _by_key(g, state, stats, by_key, dk, dv)
-        if dedge_bias.numel() or dedge_x.numel():
-            _by_edge(g, state, stats, by_key[3], dedge_bias, dedge_x)
+        if any(x.numel() for x in (dedge_bias, dedge_x, djoint)):
+            _by_edge(g, state, stats, by_key[3], (dedge_bias, dedge_x, djoint))
 
 
 def _parts(call: Call, heads: int, slots: int, width: int) -> Tensor:
@@ -138,16 +160,17 @@ def _or_scratch(call: Call, grad: Tensor, like: Tensor | None) -> Rows | None:
 def _by_row(
     g: GatherCall, state: tuple[Any, ...], stats: Any, dq: Tensor, dedge_q: Tensor, dweight: Tensor
 ) -> None:
-    call, shape = g.call, g.shape()
+    call, shape = g.call, g.shape("rows")
     *work, cut, ends = g.work
     items, slots = work[0].numel(), 0 if not cut.numel() else work[3].numel()
     if not items:
+        dweight.zero_()
         return
     parts = _parts(call, call.heads, slots, shape["D"] + shape["DE"])
     shares = None
     if dweight.numel():
         shares = dweight.new_empty(call.batch, call.heads, items, call.q.shape[-1])
-    targets = (_or_scratch(call, dq, call.q), _or_scratch(call, dedge_q, g.edge_q))
+    targets = (_or_scratch(call, dq, call.q), _or_scratch(call, dedge_q, g.folded))
     pairs = call.batch * call.heads
     gather_backward_rows[(items * pairs,)](
         *g.inputs(), *state, *targets, shares, stats, parts,
@@ -166,7 +189,7 @@ def _by_row(
 def _by_key(
     g: GatherCall, state: tuple[Any, ...], stats: Any, by_key: tuple[Any, ...], dk: Tensor, dv: Tensor
 ) -> None:
-    call, shape = g.call, g.shape()
+    call, shape = g.call, g.shape("keys")
     (*work, cut, ends), rows, ids, _ = by_key
     items, slots, heads = work[0].numel(), 0 if not cut.numel() else work[3].numel(), call.k.shape[1]
     if not items:
@@ -192,15 +215,23 @@ def _accumulator(call: Call) -> dict[str, Any]:
 
 
 def _by_edge(
-    g: GatherCall, state: tuple[Any, ...], stats: Any, rows: Tensor, dedge_bias: Tensor, dedge_x: Tensor
+    g: GatherCall, state: tuple[Any, ...], stats: Any, rows: Tensor, grads: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    call, shape = g.call, g.shape()
-    count = g.keys.numel()
+    """The gradients of biases and features, and of the W [1, H, D, De] of features that join the score."""
+    dedge_bias, dedge_x, djoint = grads
+    call, shape = g.call, g.shape("edges")
+    count, span, shares = g.keys.numel(), shape["E"], None
     if not count:
+        djoint.zero_()
         return
-    gather_backward_edges[(cdiv(count, shape["E"]),)](
+    if djoint.numel():
+        span = max(_PART, cdiv(count, max(_PARTS // djoint.numel(), 1)))
+        shares = djoint.new_empty(cdiv(count, span), call.heads, g.joint_dim, call.q.shape[-1])
+    gather_backward_edges[(cdiv(count, span),)](
         *g.inputs(), *state,
-        dedge_bias if dedge_bias.numel() else None, dedge_x if dedge_x.numel() else None, stats,
+        dedge_bias if dedge_bias.numel() else None, dedge_x if dedge_x.numel() else None, shares, stats,
         g.edges(rows, g.keys, g.ids), call.terms(), call.mask(), *_numbers(call.lengths_and_band(0)), count,
-        call.batch, **shape, PER_HEAD=g.edge_bias is not None and g.edge_bias.shape[0] > 1,
+        call.batch, span, **shape, PER_HEAD=g.edge_bias is not None and g.edge_bias.shape[0] > 1,
     )  # fmt: skip
+    if shares is not None:
+        djoint.copy_(shares.sum(0).mT[None])

@@ -99,6 +99,8 @@ class Static(NamedTuple):
     cached: bool = False  # keys lie where a `Cache` says
     gaps: bool = False  # inside the range of a block's keys there may be one that no row keeps
     far: bool = False  # offsets inside a tile exceed 31 bits
+    tight: bool = False  # the pass of a wide head has no register left to hoist into (`Call.is_tight`)
+    joint: int = 0  # features of an edge that join an additive score
 
 
 @triton.jit

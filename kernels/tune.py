@@ -2,12 +2,14 @@
 of each in the user's cache folder, where `config.pick` finds them from the next process on. What is measured
 is kept at once, beside the rows of earlier runs: a run may be cut short.
 
-Shapes that do not fit the GPU, or do not compile for it, are left out. No user's call ever tunes.
+Shapes that do not fit the GPU, do not compile for it, or compute something else than plain PyTorch does
+(trusted.py) are left out. No user's call ever tunes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -16,19 +18,22 @@ import time as clock
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import config
+from . import config, trusted
 from .config import Config, Key
 
-_SEQLEN, _HEADS, _TOKENS = 4096, 16, 16384
+_SEQLEN, _HEADS, _TOKENS, _WINDOW = 4096, 16, 16384, 511
+_CHECKED = (_SEQLEN, 999)  # lengths: what is timed, and one that cuts tiles. The same kernels serve both.
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 Timer = Callable[[str, torch.dtype, int, str], float]
+Checker = Callable[[str, torch.dtype, int, str], str | None]
 
 
 def candidates(key: Key) -> list[Config]:
@@ -46,17 +51,18 @@ def candidates(key: Key) -> list[Config]:
 def tune(
     dims: Iterable[int] = config.DIMS, sizes: Iterable[int] = (2,), time: Timer | None = None,
     say: Callable[[str], None] = print, seconds: float = math.inf, workers: int = 1,
+    check: Checker | None = None,
 ) -> dict[Key, Config]:  # fmt: skip
     """The best shape of every row asked for on the current GPU, written to `config.cache_file()`.
     `time` gives the milliseconds of a pass under the shapes now in force, or raises: the GPU's clock, unless
-    given. No shape is tried after `seconds`. `workers`: processes that compile.
+    given. `check` says what is wrong with its results, or None: `wrong`, unless given. No shape is tried
+    after `seconds`. `workers`: processes that compile.
 
     Raises RuntimeError without a CUDA device.
     """
-    if time is None:
-        if not torch.cuda.is_available():
-            raise RuntimeError("saccade.kernels.tune: needs a CUDA device, and there is none")
-        time = milliseconds
+    if (time is None or check is None) and not torch.cuda.is_available():
+        raise RuntimeError("saccade.kernels.tune: needs a CUDA device, and there is none")
+    trial = time or milliseconds, check or wrong
     name, arch = config.this_gpu()
     best: dict[Key, Config] = {}
     end = clock.monotonic() + seconds
@@ -71,7 +77,7 @@ def tune(
                 if clock.monotonic() > end:  # half of the candidates have no best
                     say(f"time is over at {one}, head_dim {dim}, {kind}: that row and the next stay")
                     return best
-                if (took := _try(time, key, shape, say)) is not None:
+                if (took := _try(trial, key, shape, say)) is not None:
                     timed.append((took, shape))
             if timed:
                 took, shape = min(timed, key=lambda x: x[0])
@@ -98,12 +104,17 @@ def _keep(path: Path, key: Key, shape: Config) -> None:
     config.load(path)
 
 
-def _try(time: Timer, key: Key, shape: Config, say: Callable[[str], None]) -> float | None:
+def _try(trial: tuple[Timer, Checker], key: Key, shape: Config, say: Callable[[str], None]) -> float | None:
+    """The milliseconds of a shape whose results are right."""
     from triton.runtime.errors import OutOfResources, PTXASError
 
     name, _, size, dim, kind = key
+    time, check = trial
     try:
         with config.override({name: shape}):
+            if (fault := check(name, _DTYPES[size], dim, kind)) is not None:
+                say(f"{name}, head_dim {dim}, {kind}, {shape}: wrong, and left out: {fault}")
+                return None
             return time(name, _DTYPES[size], dim, kind)
     except OutOfResources:
         return None
@@ -119,32 +130,83 @@ def milliseconds(name: str, dtype: torch.dtype, dim: int, kind: str) -> float:
     return float(triton.testing.do_bench(one_pass(name, dtype, dim, kind), return_mode="median"))
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """A call [B, H, S, D] and where its results go."""
+
+    call: Any
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    grads: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(dtype: torch.dtype, dim: int, kind: str, device: str, sizes: tuple[int, int]) -> _Sample:
+        """`sizes`: sequences and their length."""
+        from .call import Call
+
+        size = (sizes[0], _HEADS, sizes[1], dim)
+        q, k, v, dout = (torch.randn(size, device=device, dtype=dtype) for _ in range(4))
+        out, lse = torch.empty_like(q), torch.empty(size[:3], device=device, dtype=torch.float64)
+        free = 1 << 62
+        left = free if kind == "full" else _WINDOW
+        rest: list[Any] = [None] * 17
+        numbers: list[Any] = [[], [left, 0, free, free], [], 0, 0, 0, 0, dim**-0.5, 0.0, 0.0, 0.0, 0]
+        nothing = torch.empty(0, device=device)
+        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *[nothing] * 5)
+        return _Sample(Call(*[q, k, v, *rest, *numbers]), dout, out, lse, grads)
+
+    def run(self, name: str) -> None:
+        from . import launch
+
+        if name == "forward":
+            launch.forward(self.call, self.out, self.lse)
+        else:
+            needs = {"backward_q": 1, "backward_kv": 6}[name]
+            launch.backward(self.call, self.dout, None, self.out, self.lse, self.grads, needs)
+
+
 def one_pass(name: str, dtype: torch.dtype, dim: int, kind: str, device: str = "cuda") -> Callable[[], None]:
     """What is timed, its tensors made ready."""
-    from . import launch
-    from .call import Call
+    sample = _Sample.of(dtype, dim, kind, device, (max(1, _TOKENS // _SEQLEN), _SEQLEN))
+    sample.run("forward")
+    return functools.partial(sample.run, name)
 
-    batch = max(1, _TOKENS // _SEQLEN)
-    size = (batch, _HEADS, _SEQLEN, dim)
-    q, k, v, dout = (torch.randn(size, device=device, dtype=dtype) for _ in range(4))
-    out, lse = torch.empty_like(q), torch.empty(size[:3], device=device, dtype=torch.float64)
-    free = 1 << 62
-    rest: list[Any] = [None] * 17
-    left = free if kind == "full" else 511
-    numbers: list[Any] = [[], [left, 0, free, free], [], 0, 0, 0, 0, dim**-0.5, 0.0, 0.0, 0.0, 0]
-    call = Call(*[q, k, v, *rest, *numbers])
-    launch.forward(call, out, lse)
-    nothing = torch.empty(0, device=device)
-    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *[nothing] * 5)
-    needs = {"backward_q": 1, "backward_kv": 6}
 
-    def run() -> None:
-        if name == "forward":
-            launch.forward(call, out, lse)
-        else:
-            launch.backward(call, dout, None, out, lse, grads, needs[name])
+def wrong(name: str, dtype: torch.dtype, dim: int, kind: str, device: str = "cuda") -> str | None:
+    """What a pass gets wrong under the shapes now in force, or None: in the first, the middle and the last
+    head of one sequence of each length that is checked. The backward passes start from the trusted out and
+    lse.
+    """
+    for length in _CHECKED:
+        sample, heads = _answered(dtype, dim, kind, device, length)
+        dq, dk, dv = sample.grads[:3]
+        got = {"out": sample.out, "lse": sample.lse, "dq": dq, "dk": dk, "dv": dv}
+        for result in trusted.PASSES[name]:
+            got[result].fill_(float("nan"))
+        if name != "forward":
+            for h, (exact, _) in heads.items():
+                sample.out[0, h], sample.lse[0, h] = exact.out.to(dtype), exact.lse
+        sample.run(name)
+        for result, (h, (exact, allowed)) in itertools.product(trusted.PASSES[name], heads.items()):
+            pair = getattr(exact, result), getattr(allowed, result)
+            if (fault := trusted.fault(result, got[result][0, h], *pair, dtype)) is not None:
+                return f"{fault} (head {h}, {length} tokens)"
+    return None
 
-    return run
+
+@functools.lru_cache(maxsize=2 * len(_CHECKED))
+def _answered(
+    dtype: torch.dtype, dim: int, kind: str, device: str, length: int
+) -> tuple[_Sample, dict[int, tuple[trusted.Results, trusted.Results]]]:
+    """A sample, and what is expected of a few of its heads."""
+    sample = _Sample.of(dtype, dim, kind, device, (1, length))
+    sample.out.zero_()
+    sample.lse.zero_()
+    call, left = sample.call, length if kind == "full" else _WINDOW
+    tensors = (call.q, call.k, call.v, sample.dout)
+    heads = sorted({0, _HEADS // 2, _HEADS - 1})
+    return sample, {h: trusted.expected(tuple(x[0, h] for x in tensors), left) for h in heads}
 
 
 if __name__ == "__main__":

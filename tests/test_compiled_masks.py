@@ -196,3 +196,39 @@ def test_many_empty_tiles_are_not_prepared(monkeypatch: pytest.MonkeyPatch) -> N
     bias = torch.randn(1, 1, 2000, 2000)
     want = saccade.attention(x, x, x, empty, bias=bias, backend="reference")
     torch.testing.assert_close(saccade.attention(x, x, x, empty, bias=bias), want)
+
+
+@pytest.mark.skipif(not saccade.ops.LOADED, reason="no operator library")
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("edge_dim", [None, 3])
+@pytest.mark.parametrize("kind", ["TransformerConv", "GATConv", "GATv2Conv"])
+def test_a_convolution_on_a_graph_is_one_program(kind: str, edge_dim: int | None, weights: bool) -> None:
+    """Loops included, once the layer has seen the prepared graph."""
+    layer = getattr(saccade.nn, kind)(8, 4, heads=2, edge_dim=edge_dim)
+    graph = saccade.Graph.from_edge_index(random_edges(30, 120), 30).prepare()
+    x = torch.randn(30, 8, requires_grad=True)
+    given = (x, graph) if edge_dim is None else (x, graph, torch.randn(120, edge_dim))
+    options = {"return_attention_weights": True} if weights else {}
+    want = layer(*given, **options)
+    got = compiled(layer)(*given, **options)
+    torch.testing.assert_close(got, want)
+    grads = ([out[0] if weights else out, [x, *layer.parameters()]] for out in (got, want))
+    results = [torch.autograd.grad(out.pow(2).sum(), wanted, allow_unused=True) for out, wanted in grads]
+    torch.testing.assert_close(*results)
+
+
+def test_neighbourhoods_of_images_are_built_outside() -> None:
+    layer = saccade.nn.PixelAttention(8, 2, radius=1)
+    images = [torch.randn(1, 8, n, n + 1) for n in (5, 6)]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"neighbourhood\(height, width"):
+        compiled(layer)(images[0])
+    torch._dynamo.reset()
+    run = compiled(layer, fullgraph=False)
+    for x in images:
+        torch.testing.assert_close(run(x), layer(x))
+    torch._dynamo.reset()
+    for x in images:
+        graph = layer.neighbourhood(*x.shape[2:], x.device)
+        assert graph is not None
+        graph.prepare()
+        torch.testing.assert_close(compiled(layer)(x), layer(x))

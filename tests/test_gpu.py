@@ -52,6 +52,26 @@ def test_pairwise(case: dict[str, Any], backend: str) -> None:
     check_attention(tensors, mask, backend, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads_k", "dim", "features"), [(2, 32, 16), (1, 19, 3), (2, 1, 8)])
+def test_edge_features_join_scores(heads_k: int, dim: int, features: int, dtype: torch.dtype) -> None:
+    """Triton's, with a hub; every gradient, and the same bits again."""
+    index = torch.cat(
+        [torch.randint(300, (2, 5000)), torch.stack([torch.arange(300), torch.full((300,), 7)])], 1
+    )
+    graph = saccade.Graph.from_edge_index(index, 300).to(DEVICE)
+    sizes = ((2, dim), (5300, features), (2, dim, features))
+    weight, e, w = (torch.randn(size, device=DEVICE, requires_grad=True) for size in sizes)
+    score = saccade.GATv2(weight, edge_attr=(e, w))
+    q, k, v = map(on_gpu, make_inputs(Shape(1, 2, heads_k, 300, 300, dim, 32), dtype))
+    check_attention((q, k, v), graph, "triton", score=score)
+    runs = [
+        both(lambda *x: saccade.attention(*x[:3], graph, score=score), [q, k, v, weight, e, w])
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @on_backends
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dim", [64, 128, 256])

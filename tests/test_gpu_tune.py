@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from saccade.kernels import config, tune  # noqa: E402
+import saccade  # noqa: E402
+from saccade.kernels import config, trusted, tune  # noqa: E402
+from saccade.kernels.config import Config  # noqa: E402
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 
@@ -30,9 +33,14 @@ def by_warps(name: str, dtype: torch.dtype, dim: int, kind: str) -> float:
     return float(config.pick(name, "sm90", 2, dim, kind).num_warps)
 
 
+def right(name: str, dtype: torch.dtype, dim: int, kind: str) -> str | None:
+    """A check that nothing fails."""
+    return None
+
+
 def test_an_earlier_run_is_kept(rows: Path) -> None:
     for dim in (64, 128, 64):
-        tune.tune([dim], [2], by_warps, say=lambda line: None)
+        tune.tune([dim], [2], by_warps, say=lambda line: None, check=right)
     keys = [tuple(row["key"]) for row in json.loads(rows.read_text())]
     assert len(keys) == len(set(keys)) == 12 and {key[3] for key in keys} == {64, 128}
 
@@ -48,7 +56,7 @@ def test_time_that_is_over(rows: Path) -> None:
             tune.clock.sleep(0.3)
         return 1.0
 
-    best = tune.tune([64], [2], slow, said.append, seconds=0.25)
+    best = tune.tune([64], [2], slow, said.append, seconds=0.25, check=right)
     assert [key[0] for key in best] == ["forward"] and len(json.loads(rows.read_text())) == 1
     assert "time is over at backward_q" in said[-1] and calls < 200
 
@@ -62,8 +70,108 @@ def test_shapes_that_do_not_compile_are_left_out(rows: Path) -> None:
             raise PTXASError("too much")
         return 1.0
 
-    best = tune.tune([64], [2], broken, say=lambda line: None)
+    best = tune.tune([64], [2], broken, say=lambda line: None, check=right)
     assert len(best) == 6 and all(s.num_warps == 8 and s.num_stages > 1 for s in best.values())
+
+
+def test_the_gpu_is_asked_for_what_nobody_gives(rows: Path) -> None:
+    """A row is never kept unchecked because only the clock was given."""
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for given in ({"time": by_warps}, {"check": right}):
+        with pytest.raises(RuntimeError, match="needs a CUDA device"):
+            tune.tune([64], [2], **given)
+    assert not rows.exists()
+
+
+def test_wrong_shapes_are_left_out(rows: Path) -> None:
+    """Also where every shape is wrong, its own row among them: then nothing is kept."""
+    said: list[str] = []
+
+    def check(name: str, dtype: torch.dtype, dim: int, kind: str) -> str | None:
+        shape = config.pick(name, "sm90", 2, dim, kind)
+        return "dk is not finite" if name == "backward_kv" or shape.num_warps == 4 else None
+
+    best = tune.tune([64], [2], by_warps, said.append, check=check)
+    assert {key[0] for key in best} == {"forward", "backward_q"}
+    assert all(shape.num_warps == 8 for shape in best.values())
+    assert len(json.loads(rows.read_text())) == 4
+    left_out = [line for line in said if "wrong, and left out: dk is not finite" in line]
+    assert len(left_out) > 40 and any(
+        line.startswith("backward_kv, head_dim 64, window, Config(") for line in left_out
+    )
+
+
+PLANTED = {  # a result of each pass, and what becomes of it in one head
+    "forward": ("out", lambda x: x * 1.1), "lse": ("lse", lambda x: x + 1.0),
+    "backward_q": ("dq", torch.zeros_like), "backward_kv": ("dv", lambda x: x.roll(1, 0)),
+    "nan": ("dk", lambda x: x * float("nan")),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not saccade.ops_triton.INTERPRETED, reason="without the interpreter it needs a GPU")
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_wrong_shape_is_found(planted: str, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real check, on kernels that really run: the fastest shape is wrong in the last head."""
+    monkeypatch.setattr(tune, "_HEADS", 2)
+    monkeypatch.setattr(tune, "_CHECKED", (32, 21))
+    monkeypatch.setattr(tune, "_WINDOW", 9)
+    monkeypatch.setattr(tune, "wrong", functools.partial(tune.wrong, device="cpu"))
+    shapes = [Config(16, 16, 16, warps, 1) for warps in (1, 4, 8)]  # "warps" are what each is told by
+    monkeypatch.setattr(tune, "candidates", lambda key: shapes)
+    result, spoil = PLANTED[planted]
+    run = tune._Sample.run
+
+    def spoiled(self: tune._Sample, name: str) -> None:
+        run(self, name)
+        results = {
+            "out": self.out,
+            "lse": self.lse,
+            **dict(zip(("dq", "dk", "dv"), self.grads, strict=False)),
+        }
+        if result in trusted.PASSES[name] and config.pick(name, "sm90", 2, 16).num_warps == 1:
+            results[result][0, 1] = spoil(results[result][0, 1])
+
+    monkeypatch.setattr(tune._Sample, "run", spoiled)
+    tune._answered.cache_clear()
+    said: list[str] = []
+    best = tune.tune([16], [2], by_warps, said.append, check=tune.wrong)
+    assert len(best) == 6
+    for (name, *_), shape in best.items():
+        assert shape.num_warps == (4 if result in trusted.PASSES[name] else 1), name
+    lines = [line for line in said if "wrong, and left out" in line]
+    assert len(lines) == 2 and all(
+        f": {result} is " in line and "(head 1, 32 tokens)" in line for line in lines
+    )
+    tune._answered.cache_clear()
+
+
+@pytest.mark.skipif(not saccade.ops_triton.INTERPRETED, reason="without the interpreter it needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_right_shapes_pass(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are right are not called wrong; the backward's check does not rest on the forward's."""
+    monkeypatch.setattr(tune, "_HEADS", 2)
+    monkeypatch.setattr(tune, "_CHECKED", (48, 37))
+    monkeypatch.setattr(tune, "_WINDOW", 9)
+    for kind in config.KINDS:
+        for name in ("backward_kv", "backward_q", "forward"):
+            assert tune.wrong(name, dtype, 16, kind, "cpu") is None
+    tune._answered.cache_clear()
+
+
+def test_what_is_trusted() -> None:
+    """It is torch's own attention, in fp64."""
+    q, k, v, dout = (torch.randn(30, 16, dtype=torch.float64) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    far = torch.arange(30)[:, None] - torch.arange(30)
+    for left in (30, 9):
+        found = trusted.attention((q, k, v, dout), left)
+        keep = (far >= 0) & (far <= left)
+        out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=keep)
+        grads = torch.autograd.grad(out, leaves, dout)
+        scores = torch.where(keep, q @ k.mT / 4, float("-inf"))
+        for a, b in zip(found, (out, scores.logsumexp(-1), *grads), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_what_is_timed_compiles() -> None:
@@ -80,7 +188,32 @@ for name in ("forward", "backward_q", "backward_kv"):
             tune.one_pass(name, torch.bfloat16, 64, kind, "meta")()
         print(*(kernel for kernel, _ in found))
 """
+    assert {"tiled_forward", "tiled_backward_q", "tiled_backward_kv"} <= set(offline(program).split())
+
+
+def test_what_is_checked_is_what_is_timed() -> None:
+    """Not another kernel, compiled for other sizes: what goes wrong may be one kernel's alone."""
+    program = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from triton_ahead import compiling
+from saccade.kernels import call, tune
+call.architecture = lambda device: "sm90"
+with compiling(90) as found:
+    tune.one_pass("forward", torch.bfloat16, 64, "full", "meta")()
+    for length in tune._CHECKED:
+        for name in ("forward", "backward_q", "backward_kv"):
+            tune._Sample.of(torch.bfloat16, 64, "full", "meta", (1, length)).run(name)
+for name in sorted({{name for name, _ in found}}):
+    print(name, len({{id(kernel) for other, kernel in found if other == name}}))
+"""
+    counts = dict(line.split() for line in offline(program).splitlines())
+    assert set(counts.values()) == {"1"} and "tiled_backward_kv" in counts
+
+
+def offline(program: str) -> str:
+    """What a program prints, in a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert {"tiled_forward", "tiled_backward_q", "tiled_backward_kv"} <= set(done.stdout.split())
+    return done.stdout

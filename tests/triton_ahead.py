@@ -259,21 +259,24 @@ def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
         "edges": (None, None, None),
         "edge bias": (floats(heads, 900), None, None),
         "edge features": (floats(1, 900), empty(batch, heads, n, 8), empty(900, 8)),
+        "joint features": (floats(heads, 900), floats(1, heads, dim, 8), empty(900, 8)),
     }
     for name, edge in edge_terms.items():
         if name not in (only or edge_terms):
             continue
-        for score in (0, 2) if name == "edge bias" else (0,):
-            call = replace(plain, **changes["gatv2"]) if score else replace(plain, **changes["dropout"])
+        for other in {"edge bias": ("dropout", "gatv2"), "joint features": ("additive", "gatv2")}.get(
+            name, ("dropout",)
+        ):
+            call = replace(plain, **changes[other])
             g = launch_gather.GatherCall(call, work, ints(900), longs(900), *edge, 900)
             lse = empty(batch, heads, n, kind=torch.float64)
             with compiling(CAPABILITY[arch]) as found:
-                mixed = torch.empty_like(edge[1]) if edge[1] is not None else empty(0)
+                mixed = torch.empty_like(edge[1]) if edge[1] is not None and not call.score else empty(0)
                 launch_gather.forward(g, torch.empty_like(q), lse, mixed)
                 heads_of = (
                     torch.empty_like(q),
                     lse,
-                    None if edge[1] is None else mixed,
+                    mixed if mixed.numel() else None,
                     torch.empty_like(q),
                     lse,
                 )
@@ -287,10 +290,9 @@ def variants(arch: str, dim: int, *only: str) -> None:  # noqa: C901
 
 def _print(name: str, arch: str, found: list[tuple[str, Any]]) -> None:
     for kernel_name, kernel in found:
-        line = {"variant": name, "kernel": kernel_name, "shared": kernel.metadata.shared, "arch": arch}
-        if arch == "sm90" and kernel_name.startswith(("tiled", "decode")):
-            line |= facts(kernel, True)
-        print(json.dumps(line), flush=True)
+        line = {"variant": name, "kernel": kernel_name, "arch": arch}
+        sass = arch == "sm90" and kernel_name.startswith(("tiled", "decode"))
+        print(json.dumps(line | facts(kernel, sass)), flush=True)
 
 
 if __name__ == "__main__" and sys.argv[1] == "variants":

@@ -9,7 +9,7 @@ from .. import ops, ops_triton
 from ..autograd import attend
 from ..autograd_weights import attention_weights
 from ..bodies import is_decode, is_gather, needs_gather, needs_tiles
-from ..problem import DOT, Problem
+from ..problem import Problem
 
 NAME = "triton"
 _OLDEST = (8, 0)
@@ -33,8 +33,12 @@ def missing() -> list[str]:
 
 def unsupported(problem: Problem) -> list[str]:
     """Reasons against this problem; none in the plain case."""
+    return reasons_against(problem.q.device) + _beyond(problem)
+
+
+def reasons_against(device: torch.device) -> list[str]:
+    """Why tensors there are not served."""
     found = missing()
-    device = problem.q.device
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
@@ -44,7 +48,7 @@ def unsupported(problem: Problem) -> list[str]:
             )
     elif device.type != "cpu" or not ops_triton.INTERPRETED:
         found.append(f"device {device}, not cuda")
-    return found + _beyond(problem)
+    return found
 
 
 def _beyond(problem: Problem) -> list[str]:
@@ -53,8 +57,6 @@ def _beyond(problem: Problem) -> list[str]:
         found.append(f"position {type(problem.position).__name__} is not in its kernels")
     if needs_gather(problem) and needs_tiles(problem):
         found.append("edge terms and repeated edges do not go with bias, position or an extra key")
-    if problem.edge_attr is not None and problem.spec.score != DOT:
-        found.append("edge features that join an additive score")
     cached = problem.spec.layout.seqused_k is not None
     if cached and any(t is not None and t.requires_grad for t in problem.tensors):
         found.append("gradients through a key cache")

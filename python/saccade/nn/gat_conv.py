@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backends import cpu
+from ..backends import cpu, triton
 from ..graph import Graph
 from ..scores import GATv2
 from ._conv import (
@@ -57,15 +57,23 @@ class GATBase(AttentionConv):
         qkv = (score.pop("q"), score.pop("k"), values)
         return (*attend(qkv, edges.graph, wanted, dropout_p=p, seed=seed, **score), (p, seed))
 
-    def _weights(self, logits: Tensor, lse: Tensor, edges: Edges, drop: tuple[float, Any]) -> Tensor:
-        return dropped(edge_weights(logits, lse, edges).to(logits.dtype), edges, *drop)
+    def _weights(
+        self, logits: Callable[[], Tensor], score: dict[str, Any], lse: Tensor, edges: Edges, drop: Any
+    ) -> Tensor:
+        bias = score.get("edge_bias")  # the logits, where they are computed already
+        known = logits() if bias is None else bias.t()
+        return dropped(edge_weights(known, lse, edges).to(known.dtype), edges, *drop)
 
     def _score(
-        self, rows: tuple[Tensor, Tensor], weight: Tensor, joined: tuple[Tensor, Tensor] | None, logits: Any
+        self,
+        rows: tuple[Tensor, Tensor],
+        weight: Tensor,
+        joined: tuple[Tensor, Tensor] | None,
+        logits: Callable[[], Tensor],
     ) -> dict[str, Any]:
         """w . leaky_relu(q + k + W e) of q and k [n, H, D] for `attention`; `joined` is e and W, or None.
 
-        Where no kernel joins them, `logits` () become the bias of each edge, on queries and keys of zeros.
+        Where no kernel joins them, `logits` become the bias of each edge, on queries and keys of zeros.
         """
         if joined is None or _joins_features(rows[0]):
             return {"q": rows[0], "k": rows[1], "score": GATv2(weight, self.negative_slope, joined)}
@@ -74,8 +82,8 @@ class GATBase(AttentionConv):
 
 
 def _joins_features(x: Tensor) -> bool:
-    """The kernels for CPUs form W e edge by edge; the reference would hold it for all edges."""
-    return x.device.type == "cpu" and not cpu.missing()
+    """The kernels of these backends form W e edge by edge; the reference would hold it for all edges."""
+    return not (cpu.missing() if x.device.type == "cpu" else triton.reasons_against(x.device))
 
 
 def _total_width(out_channels: int, heads: int, concat: bool) -> int:
@@ -87,9 +95,8 @@ class GATConv(GATBase):
 
     out_i = sum_j alpha_ij W x_j, alpha = softmax_j(leaky_relu(a_s . W x_j + a_t . W x_i + a_e . W_e e_ij)).
 
-    The score is GATv2's with one channel, so the kernels serve it. Edge features join it in the kernel on
-    CPUs; elsewhere the logits [E, H] are computed beforehand and softmax, dropout and sum are the kernel's.
-    Arguments are PyTorch Geometric's.
+    The score is GATv2's with one channel, so the kernels serve it, and edge features join it there. On
+    devices without kernels the logits [E, H] are computed beforehand. Arguments are PyTorch Geometric's.
     """
 
     def __init__(
@@ -167,13 +174,16 @@ class GATConv(GATBase):
             query = (targets * self.att_dst).sum(-1, keepdim=True)
         wanted = bool(return_attention_weights)
         joined = None if edge_attr is None else self._features(edges, edge_attr)
-        logits = cache(lambda: self._logits(query, key, edges, joined))
+
+        def logits() -> Tensor:
+            return self._logits(query, key, edges, joined)
+
         score = self._score((query, key), key.new_ones(self.heads, 1), joined, logits)
         out, lse, drop = self._attend(score, sources, edges, wanted)
         out = self._finish(out, residual)
         if not wanted:
             return out
-        return out, (index_of(edge_index, edges), self._weights(logits(), lse, edges, drop))
+        return out, (index_of(edge_index, edges), self._weights(logits, score, lse, edges, drop))
 
     def _project(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """W x [N, H, C] of the sources and of the targets."""
@@ -219,10 +229,9 @@ class GATv2Conv(GATBase):
 
     out_i = sum_j alpha_ij W_l x_j, alpha = softmax_j(a . leaky_relu(W_l x_j + W_r x_i + W_e e_ij)).
 
-    With edge features the score does not split into parts of query, key and edge: the kernels for CPUs form
-    W_e e edge by edge, nothing of size E x H x C is held. Elsewhere the logits [E, H] are computed in plain
-    torch, a chunk of edges at a time, and softmax, dropout and sum are the kernel's. Arguments are PyTorch
-    Geometric's.
+    With edge features the score does not split into parts of query, key and edge: the kernels for CPUs and
+    GPUs form W_e e edge by edge, nothing of size E x H x C is held. On devices without kernels the logits
+    [E, H] are computed in plain torch, a chunk of edges at a time. Arguments are PyTorch Geometric's.
     """
 
     def __init__(
@@ -290,13 +299,16 @@ class GATv2Conv(GATBase):
         wanted, joined = bool(return_attention_weights), None
         if features is not None and self.lin_edge is not None:
             joined = features, weight_of(self.lin_edge, features).unflatten(0, shape)
-        logits = cache(lambda: edge_logits(self._logits, edges, (right, left), features))
+
+        def logits() -> Tensor:
+            return edge_logits(self._logits, edges, (right, left), features)
+
         score = self._score((right, left), self.att[0], joined, logits)
         out, lse, drop = self._attend(score, left, edges, wanted)
         out = self._finish(out, residual)
         if not wanted:
             return out
-        return out, (index_of(edge_index, edges), self._weights(logits(), lse, edges, drop))
+        return out, (index_of(edge_index, edges), self._weights(logits, score, lse, edges, drop))
 
     def _logits(self, right: Tensor, left: Tensor, features: Tensor | None) -> Tensor:
         joint = right + left

@@ -424,14 +424,18 @@ def tiled_backward_kv(
                 first, full_first, full_last, last = 0, 0, 0, seqlen_q
             if ONE:
                 full_first, full_last = first, first
+            # Tiles that must be checked, on either side of the others, in one loop.
+            before = (full_first - first + M - 1) // M
+            checked = before + (last - full_last + M - 1) // M
+            for t in tl.range(0, checked, disable_licm=TIGHT):
+                i0 = tl.where(t < before, first + t * M, full_last + (t - before) * M)
+                dk_acc, dv_acc = key_tile(
+                    dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base, i0,
+                    j0, k_inside, 0, stats, b, h, q_begin, way * BLOCK_D, way * BLOCK_DV, seqlen_q,
+                    seqlen_k, max_k, rel_size, terms, mask, band, unit, factor, S, M, N, BLOCK_D,
+                    BLOCK_DV, True, EXTRA,
+                )  # fmt: skip
             if not ONE and not EXTRA:
-                for i0 in tl.range(first, full_first, M, disable_licm=TIGHT):
-                    dk_acc, dv_acc = key_tile(
-                        dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base,
-                        i0, j0, k_inside, 0, stats, b, h, q_begin, way * BLOCK_D, way * BLOCK_DV,
-                        seqlen_q, seqlen_k, max_k, rel_size, terms, mask, band, unit, factor, S, M, N,
-                        BLOCK_D, BLOCK_DV, True, EXTRA,
-                    )  # fmt: skip
                 for i0 in tl.range(full_first, full_last, M, disable_licm=TIGHT):
                     dk_acc, dv_acc = key_tile(
                         dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base,
@@ -439,13 +443,12 @@ def tiled_backward_kv(
                         seqlen_q, seqlen_k, max_k, rel_size, terms, mask, band, unit, factor, S, M, N,
                         BLOCK_D, BLOCK_DV, False, EXTRA,
                     )  # fmt: skip
-            for i0 in tl.range(full_last, last, M, disable_licm=TIGHT):
-                dk_acc, dv_acc = key_tile(
-                    dk_acc, dv_acc, q, q_base, dout, do_base, k_tile, k, k_base, v_tile, v, v_base, i0,
-                    j0, k_inside, 0, stats, b, h, q_begin, way * BLOCK_D, way * BLOCK_DV, seqlen_q,
-                    seqlen_k, max_k, rel_size, terms, mask, band, unit, factor, S, M, N, BLOCK_D,
-                    BLOCK_DV, True, EXTRA,
-                )  # fmt: skip
+    # Counted again, so that nothing but the sums is kept through the loops.
+    program = tl.program_id(0) + tl.where(blocks < 0, blocks, 0)
+    way = program % WAYS
+    j0 = (program // WAYS) % blocks * N
+    hk = (program // WAYS // blocks) % HEADS
+    b = program // WAYS // blocks // HEADS
     if dk is not None:
         scaled = dk_acc * number(terms, 0).to(ACC)
         store_rows(

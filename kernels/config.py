@@ -34,6 +34,9 @@ class Config:
     measured: str = UNMEASURED
 
 
+# Products that feed a product are laid out by rows, 16 to a warp; warps beyond that compute what others do. So
+# tiles have as many rows as warps want (tests/test_triton_compiles.py counts).
+#
 # Shared memory of a block decides what fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
 ARCHITECTURES = ("sm80", "sm86", "sm90")
 SHARED_BYTES = {"sm80": 166_912, "sm86": 101_376, "sm90": 232_448}
@@ -48,26 +51,26 @@ Shape = tuple[int, int, int, int, int]
 
 _AMPERE: dict[str, dict[int, Shape]] = {
     "forward": {16: (128, 64, 16, 4, 3), 32: (128, 64, 32, 4, 3), 64: (128, 64, 64, 8, 3),
-                128: (64, 64, 128, 4, 2), 256: (64, 32, 256, 8, 2)},
+                128: (64, 64, 128, 4, 2), 256: (32, 64, 256, 4, 2)},
     "backward_q": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 64, 64, 4, 2),
-                   128: (64, 64, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
+                   128: (64, 64, 128, 8, 2), 256: (32, 32, 256, 4, 1)},
     "backward_kv": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 32, 64, 4, 2),
-                    128: (64, 64, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
+                    128: (32, 64, 128, 4, 2), 256: (32, 32, 256, 4, 1)},
 }  # fmt: skip
 _HOPPER: dict[str, dict[int, Shape]] = {
     "forward": {16: (128, 64, 16, 4, 3), 32: (128, 64, 32, 4, 3), 64: (128, 128, 64, 8, 3),
                 128: (128, 64, 128, 8, 3), 256: (128, 32, 256, 8, 2)},
     "backward_q": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (128, 64, 64, 8, 2),
-                   128: (128, 64, 128, 8, 3), 256: (64, 32, 256, 8, 2)},
+                   128: (128, 64, 128, 8, 3), 256: (128, 32, 256, 8, 2)},
     "backward_kv": {16: (64, 64, 16, 4, 2), 32: (64, 64, 32, 4, 2), 64: (64, 128, 64, 8, 2),
-                    128: (64, 64, 128, 8, 2), 256: (32, 32, 256, 8, 2)},
+                    128: (32, 128, 128, 8, 2), 256: (32, 32, 256, 4, 2)},
 }  # fmt: skip
 # M queries of a window of W keys visit W + M + N of them: smaller tiles throw less away. Rows that differ.
 _WINDOWS: dict[str, dict[str, dict[int, Shape]]] = {
     "sm80": {"forward": {16: (64, 64, 16, 4, 3), 32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 3)}},
     "sm90": {"forward": {16: (64, 64, 16, 4, 3), 32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 3),
                          128: (64, 64, 128, 4, 3)},
-             "backward_q": {64: (64, 64, 64, 4, 2), 128: (64, 64, 128, 8, 3)},
+             "backward_q": {64: (64, 64, 64, 4, 2), 128: (64, 64, 128, 4, 2)},
              "backward_kv": {64: (64, 64, 64, 4, 2)}},
 }  # fmt: skip
 _WINDOWS["sm86"] = _WINDOWS["sm80"]
@@ -104,6 +107,7 @@ def _table() -> dict[Key, Config]:
     # On sm_86 the compiler aims at fewer registers, and these would spill.
     for dim in (16, 32):
         table["decode", "sm86", 4, dim, "full"] = Config(32, 32, dim, 8, 2)
+    table["forward", "sm86", 2, 256, "full"] = Config(32, 64, 256, 4, 1)
     table["backward_q", "sm86", 4, 64, "full"] = Config(32, 16, 32, 8, 1)
     for dim in (64, 128, 256):
         table["backward_kv", "sm86", 4, dim, "full"] = Config(32, 32, 32, 4, 1)
@@ -204,17 +208,24 @@ def lighter(shape: Config, name: str, load: str) -> Config:
     are no product: those take registers too, which tiles of more than 64 x 64 do not leave. Masks beyond a
     band take as many only beside the two sums of the keys' pass.
 
-    Three calls at head_dim 128 still keep numbers in local memory, 8 to 40 bytes in that pass on sm_90: a
-    dense fp32 bias with dropout, and in packed sequences a bias by query, or one by distance with dropout.
-    Of 255 registers dK and dV take 64, and scores, dP, weights and gradients 16 each, as both groups of warps
-    hold the same 64 keys. 16 queries for a tile, or a pipeline of one stage, would free the last two only.
+    Two calls at head_dim 128 still keep numbers in local memory, 32 and 40 bytes in that pass on sm_90:
+    packed sequences with a bias by distance and dropout, and a dense fp32 bias with dropout. Of 255 registers
+    dK and dV take 64, and scores, dP, weights and gradients 16 each, as both groups of warps hold the same 64
+    keys.
     """
-    if shape.block_m < 64:
-        return shape
+    wide = shape.block_d >= 128
     if name in ("weights", "bias"):
-        return replace(shape, num_warps=8)
+        return replace(shape, num_warps=8) if shape.block_m >= 64 else shape
+    if shape.block_m < 64 and not wide:
+        return shape
+    if name == "backward_kv" and wide:
+        return replace(shape, block_m=32, block_n=min(shape.block_n, 64), num_warps=8)
+    if shape.block_m < 64:
+        return replace(shape, block_n=32, num_warps=8)
     sums = name == "backward_kv" and min(shape.block_n, shape.block_d) >= 64
     if load == "mask":
+        if name == "backward_q" and wide:
+            return replace(shape, num_warps=8)
         return replace(shape, block_m=32) if sums else shape
     streamed = 32 if shape.block_d >= 128 else 64
     narrow = {"forward": False, "backward_q": shape.block_d > 128, "backward_kv": True}[name]

@@ -102,10 +102,24 @@ def main(arch: str, size: int, dims: list[int], options: list[str]) -> None:
             with compiling(CAPABILITY[arch]) as found:
                 launch_pass(key[0], DTYPES[size], key[3], key[4], "dropout" in options)
             for kernel_name, kernel in found:
-                print(
-                    json.dumps({"kernel": kernel_name, "key": key, **facts(kernel, "sass" in options)}),
-                    flush=True,
-                )
+                known = facts(kernel, "sass" in options)
+                if kernel_name.startswith("tiled") and size == 2:
+                    known["computed"] = multiplied(kernel.asm["ptx"]) / wanted_of(key, config.TABLE[key])
+                print(json.dumps({"kernel": kernel_name, "key": key, **known}), flush=True)
+
+
+def multiplied(ptx: str) -> float:
+    """Multiplications by a warp in the matrix products of all loops, once around each."""
+    wide = (
+        sum(64 * int(n) * 16 for n in re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", ptx)) / 4
+    )
+    return wide + 16 * 8 * 16 * len(re.findall(r"mma\.sync\.aligned\.m16n8k16", ptx))
+
+
+def wanted_of(key: Any, shape: Any) -> float:
+    """A warp's share of the products of one tile."""
+    products = {"forward": 2, "backward_q": 3, "backward_kv": 4}[key[0]]
+    return products * shape.block_m * shape.block_n * key[3] / shape.num_warps
 
 
 def launch_pass(name: str, dtype: torch.dtype, dim: int, kind: str, dropout: bool) -> None:

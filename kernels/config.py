@@ -34,8 +34,8 @@ class Config:
     measured: str = UNMEASURED
 
 
-# Products that feed a product are laid out by rows, 16 to a warp; warps beyond that compute what others do. So
-# tiles have as many rows as warps want (tests/test_triton_compiles.py counts).
+# Products that feed a product are laid out by rows, 16 to a warp; warps beyond that compute what others do.
+# So tiles have as many rows as warps want (tests/test_triton_compiles.py counts).
 #
 # Shared memory of a block decides what fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120.
 ARCHITECTURES = ("sm80", "sm86", "sm90")

@@ -119,6 +119,8 @@ SCORES = {"score": GATv2(torch.linspace(-1, 1, 64).view(2, 32)), "softcap": 2.0}
 TRITON = {
     "plain": Case(one(70, 90, 64), BF16, Causal()),
     "wide": Case(one(33, 90, 128), FP16, Window(40, 3), gradients=True),
+    "wide, many tiles": Case(heads(140, 150, 128), BF16, Causal(), gradients=True),
+    "widest": Case(one(70, 90, 256), BF16, Causal(), gradients=True),
     "single": Case(one(33, 40, 32), FP32, Causal(), gradients=True),
     "gradients": Case(heads(40, 70, 64), BF16, Causal(), gradients=True),
     "padding": Case(Shape(2, 1, 1, 20, 70, 64, 64), BF16, LENGTHS, gradients=True),

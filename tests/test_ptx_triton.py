@@ -13,8 +13,8 @@ from test_triton_compiles import told
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 CASES = [
-    "plain", "wide", "single", "gradients", "padding", "dropout", "bias", "keep", "positions", "scores",
-    "tiles", "decode", "gather", "gather single",
+    "plain", "wide", "wide, many tiles", "widest", "single", "gradients", "padding", "dropout", "bias",
+    "keep", "positions", "scores", "tiles", "decode", "gather", "gather single",
 ]  # fmt: skip
 DEFAULT = {"sm80": ["plain"], "sm90": ["gradients", "decode"]}
 

@@ -59,6 +59,7 @@ def bf16_bits(x: Array) -> Array:
     return np.where(x != x, np.uint32(0x7FFF), found).astype("u2")
 
 
+@helper
 def _halves(kind: str, x: Array) -> Array:
     bits = x.view("u2").reshape(32, -1)
     return bits.view("f2").astype("f4") if kind[0] == "f" else (bits.astype("u4") << 16).view("f4")
@@ -297,6 +298,13 @@ _UNORDERED = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "
 @emits("setp")
 def _compare(c: Coder, one: Instruction) -> None:
     how, *joined, kind = one.parts[1:]
+    if kind in ("f16x2", "bf16x2") and how in ("eq", "neu") and not joined and "|" in one.args[0]:
+        pairs = (f"_halves({kind!r}, {c.src(arg, kind)})" for arg in one.args[1:3])
+        equal = c.fresh()
+        c.line(f"{equal} = {(' == ' if how == 'eq' else ' != ').join(pairs)}")
+        for i, to in enumerate(one.args[0].split("|")):  # of the lower half, of the upper
+            c.copy(to.strip(), "pred", f"{equal}[:, {i}]")
+        return
     a, b = (c.src(arg, kind) for arg in one.args[1:3])
     if how in _UNORDERED:
         value = f"({a} {_COMPARES[_UNORDERED[how]]} {b}) | ({a} != {a}) | ({b} != {b})"

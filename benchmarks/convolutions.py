@@ -17,7 +17,7 @@ from saccade.testing import assert_no_worse_than
 from torch import Tensor
 
 from .cases import DTYPES, FORWARD, TRAIN, Group
-from .graph_cases import build
+from .graph_cases import build, columns
 
 Call = Callable[[], list[Tensor]]
 _FEATURES = 64  # of a node
@@ -48,13 +48,7 @@ class ConvCase:
 
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured."""
-        graph = self.graph()
-        return {
-            "case": self.name, "dtype": self.dtype, "batch": 1, "heads": self.heads, "heads_k": self.heads,
-            "seqlen_q": graph.num_queries, "seqlen_k": graph.num_keys, "head_dim": self.head_dim,
-            "head_dim_v": self.head_dim, "mask": repr(graph), "edges": graph.num_edges,
-            "bias": False, "dropout_p": 0.0,
-        }  # fmt: skip
+        return columns(self)
 
 
 class Formula(torch.nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from saccade.graph import Graph
@@ -41,13 +42,18 @@ class GraphCase:
 
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured. Edges per second are `edges` / `ms`."""
-        graph = self.graph()
-        return {
-            "case": self.name, "dtype": self.dtype, "batch": 1, "heads": self.heads, "heads_k": self.heads,
-            "seqlen_q": graph.num_queries, "seqlen_k": graph.num_keys, "head_dim": self.head_dim,
-            "head_dim_v": self.head_dim, "mask": repr(graph), "edges": graph.num_edges,
-            "bias": False, "dropout_p": 0.0,
-        }  # fmt: skip
+        return columns(self)
+
+
+def columns(case: Any) -> dict[str, object]:
+    """Of a case with a name, dtype, graph, heads and head_dim: the columns that say what was measured."""
+    graph = case.graph()
+    return {
+        "case": case.name, "dtype": case.dtype, "batch": 1, "heads": case.heads, "heads_k": case.heads,
+        "seqlen_q": graph.num_queries, "seqlen_k": graph.num_keys, "head_dim": case.head_dim,
+        "head_dim_v": case.head_dim, "mask": repr(graph), "edges": graph.num_edges,
+        "bias": False, "dropout_p": 0.0,
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=4)

@@ -89,7 +89,8 @@ def test_only_some_gradients(needs: str) -> None:
     assert torch.equal(gradients(needs)[0], every[needs])
 
 
-def test_what_no_row_keeps_may_be_nan() -> None:
+@pytest.mark.parametrize("backend", [name for name in saccade.backends() if name in ("cpu", "triton")])
+def test_what_no_row_keeps_may_be_nan(backend: str) -> None:
     """A masked edge's key, query and features reach nothing."""
     index = torch.tensor([[0, 1, 2, 5, 0, 2], [0, 1, 2, 1, 1, 1]])
     graph, n = Graph.from_edge_index(index, 6), 6
@@ -100,7 +101,7 @@ def test_what_no_row_keeps_may_be_nan() -> None:
     with torch.no_grad():
         e[3] = float("nan")
     leaves = [x.requires_grad_() for x in (q, k, v)] + [weight, e, w]
-    out = saccade.attention(q, k, v, mask, score=GATv2(weight, edge_attr=(e, w)), backend="cpu")
+    out = saccade.attention(q, k, v, mask, score=GATv2(weight, edge_attr=(e, w)), backend=backend)
     grads = torch.autograd.grad(out.sin().sum(), leaves)
     assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
     assert not grads[4][3].any() and grads[4][4].any()

@@ -130,22 +130,6 @@ def test_results_repeat_and_gradients_stand_alone() -> None:
         assert torch.equal(gradients(name)[0], every[name]), name
 
 
-def test_what_no_row_keeps_may_be_nan() -> None:
-    """A masked edge's key, query and features reach nothing."""
-    index = torch.tensor([[0, 1, 2, 5, 0, 2], [0, 1, 2, 1, 1, 1]])
-    mask, n = Graph.from_edge_index(index, 6) & saccade.Window(2, 2), 6  # the edge 5 -> 1 is too long
-    q, k, v = (x.detach() for x in make_inputs(Shape(1, 2, 2, n, n, 8, 8)))
-    k[:, :, 5] = v[:, :, 5] = float("nan")
-    weight, e, w = terms(6, 2, 8, 3)
-    with torch.no_grad():
-        e[3] = float("nan")
-    leaves = [x.requires_grad_() for x in (q, k, v)] + [weight, e, w]
-    out = saccade.attention(q, k, v, mask, score=GATv2(weight, edge_attr=(e, w)), backend="triton")
-    grads = torch.autograd.grad(out.sin().sum(), leaves)
-    assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
-    assert not grads[4][3].any() and grads[4][4].any()
-
-
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(1, 4, 4), (1, 0, 4), (1, 4, 0), (0, 4, 4)])
 def test_no_edges_and_nothing_at_all(batch: int, queries: int, keys: int) -> None:
     edges = 3 if batch == 0 else 0

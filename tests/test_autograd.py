@@ -93,6 +93,21 @@ def test_gradcheck(name: str, backend: str) -> None:
     assert gradcheck(run, inputs, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["causal", "edge bias, repeats"])
+def test_cotangents_in_a_batch(name: str, backend: str) -> None:
+    """autograd.grad(is_grads_batched=True), jacobian(vectorize=True): their vmap knows no Function."""
+    run, inputs = supported(name, backend)
+    outputs = run(*inputs)
+    heads = [torch.randn(3, *x.shape, dtype=x.dtype) for x in outputs]
+    batched = torch.autograd.grad(outputs, inputs, heads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(outputs, inputs, [x[n] for x in heads], retain_graph=True) for n in range(3)]
+    for got, *want in zip(batched, *each, strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
+    (of_out,) = torch.autograd.grad(outputs[0], inputs[:1], heads[0], is_grads_batched=True)
+    want_of_out = [torch.autograd.grad(run(*inputs)[0], inputs[0], x)[0] for x in heads[0]]
+    torch.testing.assert_close(of_out, torch.stack(want_of_out))
+
+
 @pytest.mark.many_calls
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(name: str, backend: str) -> None:

@@ -17,7 +17,7 @@ from torch.autograd.function import Function
 from . import gather, ops
 from .backends import reference
 from .problem import NORMALISED, Problem, Spec
-from .transforms import jvp_by_vjp, vjp, vmap_by_loop
+from .transforms import is_batched_by_autograd, jvp_by_vjp, loop_over_entries, vjp, vmap_by_loop
 
 Tensors = tuple[Tensor | None, ...]
 COUNT = 12  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, edge e, edge W
@@ -108,7 +108,13 @@ class Forward(Function):
         if dout is None:
             dout = torch.zeros_like(out)
         inputs = (dout, dlse, out, lse, rest[0] if rest else None, *tensors, seed)
-        if torch.compiler.is_compiling() or untracked(inputs):
+        if torch.compiler.is_compiling():
+            found = Backward.forward(*inputs, ctx.call, wanted)
+        elif is_batched_by_autograd(dout) or (dlse is not None and is_batched_by_autograd(dlse)):
+            found = loop_over_entries(
+                lambda *heads: Backward.apply(*heads, *inputs[2:], ctx.call, wanted), dout, dlse
+            )
+        elif untracked(inputs):
             found = Backward.forward(*inputs, ctx.call, wanted)
         else:
             found = Backward.apply(*inputs, ctx.call, wanted)

@@ -35,3 +35,27 @@ def vmap_by_loop(apply: Callable[..., Any], info: Any, in_dims: Any, args: tuple
     if isinstance(found[0], Tensor):
         return torch.stack(found), 0
     return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+
+def is_batched_by_autograd(x: Tensor) -> bool:
+    """Is it one of the cotangents of `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its
+    own that asks no Function? Its fallback serves no operator that takes a list of tensors.
+    """
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def loop_over_entries(
+    run: Callable[..., tuple[Tensor, ...]], *cotangents: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`run` of each entry of the cotangents that are batched, the others and None as they are."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # Of a tensor that is not batched at this level this makes a batch of copies; its size is then needed.
+    size = max(
+        torch._remove_batch_dim(x, level, 1, 0).shape[0]
+        for x in cotangents
+        if x is not None and is_batched_by_autograd(x)
+    )
+    entries = [None if x is None else torch._remove_batch_dim(x, level, size, 0) for x in cotangents]
+    found = [run(*(None if x is None else x[n] for x in entries)) for n in range(size)]
+    return tuple(torch._add_batch_dim(torch.stack(one), 0, level) for one in zip(*found, strict=True))

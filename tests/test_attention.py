@@ -176,6 +176,8 @@ def test_pairwise(case: dict[str, Any], backend: str) -> None:
 def test_pairwise_more(seed: int, backend: str) -> None:
     axes = INTERPRETED if backend == "triton" else AXES
     for case in pairwise(axes, seed):
+        if case["size"] == (1, 1):  # of one pair's softmax the gradient is 0, and what is left of it luck
+            continue
         # The gradient of a few numbers may be worse than plain PyTorch's by luck; not in three draws.
         for draws_left in (2, 1, 0):
             try:

@@ -26,7 +26,6 @@ from ptx_parse import kernel_names, parse
 from saccade import ops_triton
 from saccade.kernels import call as calls
 from saccade.kernels import decode
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _FLOATS = {"fp32": "f", "fp64": "d"}
@@ -56,7 +55,7 @@ def packed(program: Program, arguments: list[tuple[str, Any]]) -> bytes:
 def emulating(capability: int, changes: list[tuple[str, str]]) -> Iterator[list[str]]:
     """Inside, launches compile and run in the emulator; gives the names of the kernels."""
     found: list[str] = []
-    run, active = JITFunction.run, driver._active
+    run = JITFunction.run
 
     def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
@@ -83,13 +82,8 @@ def emulating(capability: int, changes: list[tuple[str, str]]) -> Iterator[list[
         found.append(self.fn.__name__)
         return kernel
 
-    driver.set_active(triton_ahead.OfflineDriver(capability))
-    JITFunction.run = launch
-    try:
+    with triton_ahead.in_place_of_launches(launch, triton_ahead.OfflineDriver(capability)):
         yield found
-    finally:
-        JITFunction.run = run
-        driver._active = active
 
 
 def run(arch: str, name: str, change: list[tuple[str, str]]) -> dict[str, Any]:

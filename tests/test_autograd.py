@@ -106,6 +106,11 @@ def test_cotangents_in_a_batch(name: str, backend: str) -> None:
     (of_out,) = torch.autograd.grad(outputs[0], inputs[:1], heads[0], is_grads_batched=True)
     want_of_out = [torch.autograd.grad(run(*inputs)[0], inputs[0], x)[0] for x in heads[0]]
     torch.testing.assert_close(of_out, torch.stack(want_of_out))
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda q: run(q, *inputs[1:])[0], inputs[0], vectorize=vectorize)
+        for vectorize in (False, True)
+    ]
+    torch.testing.assert_close(*jacobians)
 
 
 @pytest.mark.many_calls

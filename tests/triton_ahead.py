@@ -50,23 +50,31 @@ class OfflineDriver:
 
 
 @contextlib.contextmanager
+def in_place_of_launches(launch: Any, stand_in: Any) -> Iterator[None]:
+    """Inside, every launch of a kernel is `launch` instead, and `stand_in` is the driver."""
+    run, active = JITFunction.run, driver._active
+    driver.set_active(stand_in)
+    JITFunction.run = launch
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+@contextlib.contextmanager
 def compiling(capability: int) -> Iterator[list[tuple[str, Any]]]:
     """Inside, launches compile and do not run; gives (name, compiled kernel) of each."""
     found: list[tuple[str, Any]] = []
-    run, active = JITFunction.run, driver._active
+    run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         found.append((self.fn.__name__, kernel))
         return kernel
 
-    driver.set_active(OfflineDriver(capability))
-    JITFunction.run = compile_only
-    try:
+    with in_place_of_launches(compile_only, OfflineDriver(capability)):
         yield found
-    finally:
-        JITFunction.run = run
-        driver._active = active
 
 
 def facts(kernel: Any, sass: bool) -> dict[str, Any]:

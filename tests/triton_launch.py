@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import triton_ahead
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _BITS = {"i1": 8, "u1": 8, "i8": 8, "i16": 16, "i32": 32, "u32": 32, "i64": 64, "u64": 64}
@@ -54,7 +53,7 @@ def flat(kind: Any, value: Any) -> list[tuple[str, Any]]:
 def launching(capability: int) -> Iterator[list[tuple[str, Any]]]:
     """In place of triton_ahead.compiling."""
     found: list[tuple[str, Any]] = []
-    run, active = JITFunction.run, driver._active
+    run = JITFunction.run
 
     def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         bind = self.device_caches[0][-1]
@@ -74,13 +73,8 @@ def launching(capability: int) -> Iterator[list[tuple[str, Any]]]:
         found.append((self.fn.__name__, kernel))
         return kernel
 
-    driver.set_active(StubDriver(capability))
-    JITFunction.run = launch
-    try:
+    with triton_ahead.in_place_of_launches(launch, StubDriver(capability)):
         yield found
-    finally:
-        JITFunction.run = run
-        driver._active = active
 
 
 if __name__ == "__main__":

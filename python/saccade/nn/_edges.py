@@ -51,8 +51,9 @@ def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Ed
             got = f"{edge_index.num_keys} sources and {edge_index.num_queries} targets"
             raise ValueError(f"edge_index: {got} in the graph, {sizes[0]} and {sizes[1]} in x")
         if loops:
-            ready = torch.compiler.is_compiling() or edge_index.is_prepared
-            return edge_index._once("edges with loops", lambda: _ready(_with_loops(edge_index), ready))
+            traced = torch.compiler.is_compiling()
+            found = edge_index._once("edges with loops", lambda: _ready(_with_loops(edge_index), traced))
+            return found if traced else _ready(found, edge_index.is_prepared)
         return Edges(edge_index, edge_index.num_edges)
     if not isinstance(edge_index, Tensor):
         kind = type(edge_index).__name__
@@ -60,9 +61,9 @@ def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Ed
     return _kept_edges(edge_index, sizes, loops, torch.compiler.is_compiling())
 
 
-def _ready(edges: Edges, traced: bool) -> Edges:
-    """For a compiled caller with every form that it may ask for: a missing one would break its graph."""
-    if traced and not edges.graph.is_prepared:
+def _ready(edges: Edges, wanted: bool) -> Edges:
+    """Where wanted with every form a compiled caller may ask for: a missing one would break its graph."""
+    if wanted and not edges.graph.is_prepared:
         edges.graph.prepare()
     return edges
 

@@ -137,7 +137,7 @@ def large_graphs() -> list[Group]:
             "products-like-h1-d128", "power-law", 123_718_280, 1, 128, "bf16", (FORWARD,), 2_449_029
         ),
     )
-    others: dict[str, dict[str, float]] = {"gather": {FORWARD: 1 / 1.3}}
+    others: dict[str, dict[str, float]] = {"gather": {FORWARD: 1 / 1.3}, "traffic": {}}
     milliseconds = "milliseconds forward, good and best published: "
     return [
         Group("small graphs", small, "pyg", others=others,  # type: ignore[arg-type]

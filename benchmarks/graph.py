@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from saccade.graph import Graph
 from torch import Tensor
 
+from . import graph_limits
 from .cases import DTYPES, FORWARD, TRAIN
 from .check import NAMES, compare
 from .graph_cases import GraphCase
 
 Call = Callable[[], list[Tensor]]
 _DENSE_NODES = 2048  # no dense mask above
-_BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 25}  # copied at a time when the gather bandwidth is measured
 _ORACLE_EDGES = {"cpu": 1 << 17, "cuda": 1 << 21}
 
 
@@ -151,35 +151,14 @@ def sdpa_mask(inputs: Inputs, direction: str) -> Call | str:
     return _call(inputs, direction, forward)
 
 
-def gather(inputs: Inputs, direction: str) -> Call | str:
-    """The limit: the rows of every edge read by index_select, no arithmetic. Forward k and v; backward k and
-    v once more by target, and q and dout by source.
-    """
-    rows = [(inputs.k, inputs.sources), (inputs.v, inputs.sources)]
-    if direction == TRAIN:
-        by_source = inputs.graph.columns()[1].long()
-        rows += [*rows, (inputs.q, by_source), (inputs.dout, by_source)]
-    width = inputs.case.heads * inputs.case.head_dim
-    step = max(1, _BLOCK_BYTES[inputs.q.device.type] // (width * inputs.q.element_size()))
-    block = inputs.q.new_empty(step, width)
-    # A block is written again and again, so that only reading goes past the cache.
-    pieces = [(x.detach().flatten(1), part) for x, index in rows for part in index.split(step)]
-
-    def copies() -> list[Tensor]:
-        for x, part in pieces:
-            torch.index_select(x, 0, part, out=block[: part.numel()])
-        return [block]
-
-    return copies
-
-
 PROVIDERS = {
     "saccade": ours,
     "pyg": pyg,
     "gather-scatter": gather_scatter,
     "sparse": sparse,
     "sdpa-mask": sdpa_mask,
-    "gather": gather,
+    "gather": graph_limits.gather,
+    "traffic": graph_limits.traffic,
 }
 
 
@@ -231,9 +210,9 @@ class GraphWork:
 
     def fault(self, name: str, direction: str, call: Any) -> str:
         """Run a provider once and compare; empty when it is right."""
+        if name in graph_limits.LIMITS:
+            return graph_limits.fault(self.inputs, name, direction, call)
         got = call()
-        if name == "gather":
-            return self._fault_of_copies(got[0], direction)
         head = self.case.heads - 1
         if self._known is None:
             train = TRAIN in self.directions
@@ -242,15 +221,6 @@ class GraphWork:
         return (
             compare([x[:, head] for x in got], *self._known) if len(got) <= len(NAMES) else "too many results"
         )
-
-    def _fault_of_copies(self, block: Tensor, direction: str) -> str:
-        """The last rows copied must be those of the last edges."""
-        inputs = self.inputs
-        x, index = inputs.v, inputs.sources
-        if direction == TRAIN:
-            x, index = inputs.dout, inputs.graph.columns()[1].long()
-        last = index.split(len(block))[-1]
-        return "" if torch.equal(block[: len(last)], x.flatten(1)[last]) else "other rows were copied"
 
     def flops(self, direction: str, name: str) -> int:
         return self.case.flops(direction)

@@ -87,7 +87,7 @@ def _molecules(count: int) -> Tensor:
 
 
 def graphs() -> list[Group]:
-    """One group per kind of graph. `gather` is the time that copying the rows takes."""
+    """One group per kind of graph. `gather` and `traffic` are limits: the copies that it takes."""
     found = []
     for kind in KINDS:
         cases = tuple(GraphCase(f"{kind}-e{e // 1000}k-h{h}-d{d}", kind, e, h, d) for e, h, d in SIZES)
@@ -95,6 +95,7 @@ def graphs() -> list[Group]:
             "sparse": {FORWARD: 2.0},
             # 1.3 times the copies of the forward pass, 2 times those of the backward, twice as many.
             "gather": {FORWARD: 1 / 1.3, TRAIN: 3 / (1.3 + 2 * 2.0)},
+            "traffic": {},
             "sdpa-mask": {},
         }
         goal = {FORWARD: 9.0, TRAIN: 16.0}

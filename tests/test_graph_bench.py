@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saccade.benchmarks import convolutions, graph, graph_cases
+from saccade.benchmarks import convolutions, graph, graph_cases, graph_limits
 from saccade.benchmarks.cases import FORWARD, TRAIN
 from saccade.benchmarks.graph_cases import KINDS, GraphCase
 
@@ -46,7 +46,19 @@ def test_a_wrong_result_is_found() -> None:
 
     for n in range(4):
         assert work.fault("saccade", TRAIN, lambda n=n: bent(n))
-    assert work.fault("gather", TRAIN, lambda: [torch.zeros(10, 32)])
+
+
+@pytest.mark.parametrize("direction", [FORWARD, TRAIN])
+def test_limits_copy_what_they_say(direction: str) -> None:
+    work = graph.GraphWork(GraphCase("small", "grid", 1500, 2, 16), "cpu")
+    gather, traffic = (work.offers(direction)[name] for name in graph_limits.LIMITS)
+    assert not isinstance(gather, str) and not isinstance(traffic, str)
+    assert len(gather()) == 1 and len(traffic()) == (2 if direction == FORWARD else 5)  # type: ignore[arg-type]
+    assert work.fault("gather", direction, lambda: [torch.zeros(10, 32)])
+    assert work.fault("gather", direction, traffic) and work.fault("traffic", direction, gather)
+    for n in range(1, len(traffic())):  # type: ignore[arg-type]
+        bent = [x + 1 if i == n else x for i, x in enumerate(traffic())]  # type: ignore[arg-type, var-annotated]
+        assert work.fault("traffic", direction, lambda bent=bent: bent)
 
 
 def test_operations_and_columns() -> None:

@@ -30,6 +30,7 @@ def terms(edges: int, heads: int, dim: int, features: int) -> tuple[Tensor, Tens
         (150, 2000, (2, 4, 2, 16, 19), 7),  # a batch, shared key heads
         (120, 5000, (1, 3, 3, 33, 33), 1),  # more edges than a work item
         (60, 9000, (1, 2, 1, 8, 11), 20),  # rows that are cut
+        (400, 500, (1, 4, 4, 32, 32), 16),  # rows of no, one and two edges
     ],
 )
 def test_matches_the_reference(

@@ -44,6 +44,16 @@ struct EdgeNumbers {
   T* of(int64_t b, int64_t edge) const { return pairs + 2 * (b * edges + edge) * pitch; }
 };
 
+// to[l] += v[l] of n lanes.
+template <typename T>
+SACCADE_FORCE void add_wide(double* to, Vec<T> v, int64_t n) {
+  using Wide __attribute__((vector_size(sizeof(double) * kLanes<T>))) = double;
+  Wide sum{};
+  memcpy(&sum, to, size_t(n) * sizeof(double));
+  sum += __builtin_convertvector(v, Wide);
+  memcpy(to, &sum, size_t(n) * sizeof(double));
+}
+
 // y += sum_e g_e w phi'(own_e + row_e), or y = where it is fresh, and dw += sum_e g_e phi where asked: the
 // additive scores' gradient towards q (or k). g_e = g[e * pitch]; `rows` are those of head k.
 template <typename T, typename S>
@@ -66,8 +76,7 @@ static void additive_edge_gradient(const GatherParams& p, int64_t h, const Joint
       sum_w += grad * phi;
     }
     store(y + c, sum);
-    if (dw)
-      for (int64_t l = 0; l < width; ++l) dw[c + l] += double(sum_w[int(l)]);
+    if (dw) add_wide<T>(dw + c, sum_w, width);
   }
 }
 

@@ -66,16 +66,16 @@ static void gather_edges_item(const GatherParams& p, int64_t item, char* scratch
   }
 }
 
-// Features that join the score, of one item's edges: the gradient J of each edge's q + k + W e, summed over
-// the batch, gives de = J W and the item's part of dW = J e^T.
+// Features that join the score, of one item's edges, 16 at a time whatever rows they belong to: the gradient
+// J of each edge's q + k + W e, summed over the batch, gives de = J W and the item's part of dW = J e^T.
 template <typename T, typename S>
 struct JointPass {
   static constexpr int64_t L = kLanes<T>;
   const GatherParams& p;
   HeadLanes<T> heads;
   JointFeatures<T> joint;
-  T *query_rows, *sums, *de;  // sums: J [kEdgeLanes][H][ld]
-  Vec<T>* parts;
+  T *query_rows, *sums, *de;  // queries and J [kEdgeLanes][H][ld]
+  Vec<T>* parts;              // of de of four edges
   const int64_t width, lde;
   const bool far;
 
@@ -86,24 +86,35 @@ struct JointPass {
         width(params.heads * joint.ld),
         lde(round_up(params.joint_dim, L)),
         far(rows_lie_far(params, params.seqlen_k, params.heads_k)) {
-    query_rows = a.take<T>(width);
+    query_rows = a.take<T>(kEdgeLanes * width);
     sums = a.take<T>(kEdgeLanes * width);
     de = a.take<T>(lde);
-    parts = a.take<Vec<T>>(lde);
-    if (a.base) memset(parts, 0, size_t(lde) * sizeof(Vec<T>));
+    parts = a.take<Vec<T>>(4 * lde);
+    if (a.base) memset(parts, 0, size_t(4 * lde) * sizeof(Vec<T>));
   }
   int64_t id(int64_t edge) const { return p.edge_ids ? p.edge_ids[edge] : edge; }
 
+  // n edges from `at` on; `row` is the first one's.
   void group(const EdgeNumbers<T>& numbers, int64_t row, int64_t at, int64_t n, double* dW) {
-    memset(sums, 0, size_t(n * width) * sizeof(T));
+    int64_t rows[kEdgeLanes];
+    HeadRows<T> q[kEdgeLanes];
+    for (int64_t e = 0; e < n; ++e) {
+      while (p.indptr[row + 1] <= at + e) ++row;
+      rows[e] = row;
+    }
+    memset(sums, 0, size_t(kEdgeLanes * width) * sizeof(T));
     bool live[kEdgeLanes] = {};
     const int64_t ahead = far ? edges_ahead(at, n, p.edges) : 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t e = 0; e < ahead; ++e)
         prefetch_rows<S>(p.k, b, 0, p.heads_k, p.indices[at + kEdgeLanes + e], p.head_dim);
-      const HeadRows<T> q = read_heads<T, S>(p.q, b, row, p.heads, p.head_dim, query_rows);
+      for (int64_t e = 0; e < n; ++e)
+        q[e] = e > 0 && rows[e] == rows[e - 1]
+                   ? q[e - 1]
+                   : read_heads<T, S>(p.q, b, rows[e], p.heads, p.head_dim, query_rows + e * width);
       const EdgeRows<S> keys(p.k, b, p.indices + at, n);
-      const JointRows<T> own = joint.join(p, q, 1, n, [&](int64_t e) { return id(at + e); });
+      const JointRows<T> own = joint.join_each(
+          p, [&](int64_t e, int64_t h) { return q[e][h]; }, n, [&](int64_t e) { return id(at + e); });
       for (int64_t e = 0; e < n; ++e)
         for (int64_t h = 0; h < p.heads; ++h) {
           const T grad = numbers.of(b, at + e)[heads.pitch + h];
@@ -117,33 +128,47 @@ struct JointPass {
                                        sums + e * width + h * joint.ld, nullptr, &grad, 1);
         }
     }
-    for (int64_t e = 0; e < n; ++e) {
+    for (int64_t e = 0; e < n; ++e)
       if (!live[e]) memset(joint.features + e * joint.dim, 0, size_t(joint.dim) * sizeof(T));
-      if (p.needs & kNeedEdgeX) write_features(sums + e * width, id(at + e));
-    }
-    if (!dW) return;
-    for (int64_t h = 0; h < p.heads; ++h)
-      for (int64_t c = 0; c < joint.dim; ++c)
-        for (int64_t d = 0; d < joint.ld; d += L) {
-          double* to = dW + (h * joint.dim + c) * joint.ld + d;
-          Vec<T> sum{};
-          for (int64_t e = 0; e < n; ++e)
-            sum += joint.features[e * joint.dim + c] * load(sums + e * width + h * joint.ld + d);
-          for (int64_t l = 0; l < L; ++l) to[l] += double(sum[int(l)]);
-        }
+    for (int64_t e = 0; p.needs & kNeedEdgeX && e < n; e += 4) write_features(e, min64(4, n - e), at);
+    for (int64_t c = 0; dW && c < joint.dim; c += joint.dim - c >= 4 ? 4 : 1)
+      joint.dim - c >= 4 ? add_weights<4>(c, n, dW) : add_weights<1>(c, n, dW);
   }
 
  private:
-  void write_features(const T* J, int64_t number) {
+  // de of up to four edges.
+  void write_features(int64_t e, int64_t n, int64_t at) {
     for (int64_t c = 0; c < joint.dim; ++c) {
-      Vec<T> sum{};
+      Vec<T> sum[4] = {};
       for (int64_t h = 0; h < p.heads; ++h)
-        for (int64_t d = 0; d < joint.ld; d += L)
-          sum += load(J + h * joint.ld + d) * load(joint.weights + (h * joint.dim + c) * joint.ld + d);
-      parts[c] = sum;
+        for (int64_t d = 0; d < joint.ld; d += L) {
+          const Vec<T> w = load(joint.weights + (h * joint.dim + c) * joint.ld + d);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) sum[i] += load(sums + (e + i) * width + h * joint.ld + d) * w;
+        }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) parts[i * lde + c] = sum[i];
     }
-    for (int64_t c = 0; c < joint.dim; c += L) store_sums<T>(parts + c, min64(L, joint.dim - c), de + c);
-    memcpy(static_cast<T*>(p.dedge_x) + number * joint.dim, de, size_t(joint.dim) * sizeof(T));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < joint.dim; c += L)
+        store_sums<T>(parts + i * lde + c, min64(L, joint.dim - c), de + c);
+      memcpy(static_cast<T*>(p.dedge_x) + id(at + e + i) * joint.dim, de, size_t(joint.dim) * sizeof(T));
+    }
+  }
+  // The part of n edges in C columns of dW.
+  template <int C>
+  void add_weights(int64_t c, int64_t n, double* dW) {
+    for (int64_t h = 0; h < p.heads; ++h)
+      for (int64_t d = 0; d < joint.ld; d += L) {
+        Vec<T> sum[C] = {};
+        for (int64_t e = 0; e < n; ++e) {
+          const Vec<T> J = load(sums + e * width + h * joint.ld + d);
+#pragma GCC unroll 4
+          for (int i = 0; i < C; ++i) sum[i] += joint.features[e * joint.dim + c + i] * J;
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < C; ++i) add_wide<T>(dW + (h * joint.dim + c + i) * joint.ld + d, sum[i], L);
+      }
   }
 };
 
@@ -158,7 +183,7 @@ static void gather_joint_item(const GatherParams& p, int64_t item, char* scratch
   int64_t row = row_of_edge(p, item * kEdgeItem);
   for (int64_t at = item * kEdgeItem, n; at < end; at += n) {
     while (p.indptr[row + 1] <= at) ++row;
-    n = min64(kEdgeLanes, min64(end, p.indptr[row + 1]) - at);
+    n = min64(kEdgeLanes, end - at);
     pass.group(numbers, row, at, n, dW);
   }
 }

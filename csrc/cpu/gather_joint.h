@@ -34,32 +34,58 @@ struct JointFeatures {
         read_row(features, row_at(p.edge_q, 0, h, d), p.edge_q.dtype, p.edge_q.col, dim);
         for (int64_t c = 0; c < dim; ++c) weights[(h * dim + c) * ld + d] = features[c];
       }
-    memset(features, 0, size_t(kEdgeLanes * dim) * sizeof(T));
   }
   int64_t weights_size() const { return heads * dim * ld; }
 
   // own[h / group] + W[h] e of n edges, the e-th of which the user numbers id(e).
   template <typename Id>
   JointRows<T> join(const GatherParams& p, HeadRows<T> own, int64_t group, int64_t n, Id id) {
-    constexpr int64_t L = kLanes<T>;
     if (!dim) return {own.at, own.head, 0, group};
+    return join_each(p, [&](int64_t, int64_t h) { return own[h / group]; }, n, id);
+  }
+  // The same where every edge has rows of its own: own(e, h) + W[h] e.
+  template <typename Own, typename Id>
+  JointRows<T> join_each(const GatherParams& p, Own own, int64_t n, Id id) {
+    constexpr int64_t L = kLanes<T>;
     for (int64_t e = 0; e < n; ++e)
       read_row(features + e * dim, row_at(p.edge_x, 0, 0, id(e)), p.edge_x.dtype, p.edge_x.col, dim);
     for (int64_t h = 0; h < heads; ++h)
-      for (int64_t d = 0; d < ld; d += L)
-        for (int64_t e = 0; e < n; e += 4) {  // up to three rows too many: there is room for 16
-          Vec<T> sum[4];
-#pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) sum[v] = load(own[h / group] + d);
-          for (int64_t c = 0; c < dim; ++c) {
-            const Vec<T> w = load(weights + (h * dim + c) * ld + d);
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) sum[v] += features[(e + v) * dim + c] * w;
-          }
-#pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) store(rows + ((e + v) * heads + h) * ld + d, sum[v]);
-        }
+      for (int64_t d = 0; d < ld; d += 2 * L)
+        for (int64_t e = 0; e < n; e += 4)
+          if (d + L < ld)
+            join_some<2>(own, h, d, e, n - e);
+          else
+            join_some<1>(own, h, d, e, n - e);
     return {rows, ld, heads * ld, 1};
+  }
+
+ private:
+  // V vectors of the rows of up to four edges.
+  template <int V, typename Own>
+  SACCADE_MEMBER void join_some(Own own, int64_t h, int64_t d, int64_t e, int64_t n) {
+    if (n >= 4) return join_tile<4, V>(own, h, d, e);
+    if (n >= 2) join_tile<2, V>(own, h, d, e);
+    if (n % 2) join_tile<1, V>(own, h, d, e + n / 2 * 2);
+  }
+  template <int E, int V, typename Own>
+  SACCADE_MEMBER void join_tile(Own own, int64_t h, int64_t d, int64_t e) {
+    constexpr int64_t L = kLanes<T>;
+    Vec<T> sum[E][V];
+#pragma GCC unroll 4
+    for (int i = 0; i < E; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[i][v] = load(own(e + i, h) + d + v * L);
+    for (int64_t c = 0; c < dim; ++c) {
+      const T* w = weights + (h * dim + c) * ld + d;
+#pragma GCC unroll 4
+      for (int i = 0; i < E; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[i][v] += features[(e + i) * dim + c] * load(w + v * L);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < E; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(rows + ((e + i) * heads + h) * ld + d + v * L, sum[i][v]);
   }
 };
 

@@ -122,9 +122,9 @@ struct GraphBackward : GraphCall {
     };
     const auto sized = [&](int64_t need, const std::vector<int64_t>& sizes, void*& data) {
       gradients.push_back(empty(p.needs & need ? sizes : std::vector<int64_t>{0}, acc, q));
-      // Edges that an intersection left out have numbers too, and batches may be empty: no gradient.
+      // Edges that an intersection left out have numbers too, and there may be no batch or head: no gradient.
       if (!(p.needs & need)) return;
-      if (p.edges < p.num_edges || !p.batch) torch::stable::zero_(gradients.back());
+      if (p.edges < p.num_edges || !p.batch || !p.heads) torch::stable::zero_(gradients.back());
       data = gradients.back().mutable_data_ptr();
     };
     like(kNeedQ, q, p.dq);

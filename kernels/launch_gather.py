@@ -122,7 +122,7 @@ def backward(
     dout, dlse, dout_edge, out, lse = heads
     dq, dk, dv, dweight, dedge_bias, dedge_q, dedge_x = grads
     for grad in (dedge_bias, dedge_x):  # an edge that an intersection left out has a number too
-        if g.keys.numel() < g.num_edges or not g.call.batch:
+        if g.keys.numel() < g.num_edges or not g.call.batch * g.call.heads:
             grad.zero_()
     if not g.call.batch * g.call.heads:
         dweight.zero_()

@@ -31,6 +31,8 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+FULL_SECONDS = 1200  # for a test of `make test-full`; the others have what pyproject.toml says
+
 # Minutes a test: at the end, one process would wait for the other.
 LONG = {"test_triton_compiles.py", "test_cuda_machine_code.py"}
 
@@ -45,6 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_triton = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
         if is_triton and item.get_closest_marker("many_calls"):
             item.add_marker(pytest.mark.full)
+        if item.get_closest_marker("full") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(FULL_SECONDS))
 
 
 @pytest.fixture

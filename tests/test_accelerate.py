@@ -77,6 +77,20 @@ def test_other_dtypes_pass_the_check(dtype: torch.dtype) -> None:
     assert saccade.accelerate(Model().to(dtype)).swapped == ["first", "cross", "layers.0", "layers.1"]
 
 
+@pytest.mark.parametrize("std", [0.1, 0.5, 1.0])
+def test_sound_modules_in_fp64_pass_the_check(std: float) -> None:
+    for size, heads in ((64, 4), (8, 2)):
+        module = nn.MultiheadAttention(size, heads, dtype=torch.float64)
+        for weight in module.parameters():
+            nn.init.normal_(weight, std=std)
+        assert saccade.accelerate(module).swapped == [""]
+
+
+def test_the_check_is_not_the_callers_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert saccade.accelerate(nn.MultiheadAttention(8, 2)).swapped == [""]
+
+
 def test_hooks_and_optimizer_state_stay() -> None:
     model, x = Model(), torch.randn(2, 5, E, requires_grad=True)
     calls: list[str] = []

@@ -249,6 +249,21 @@ def test_meta_tensors_have_shapes_and_gradients() -> None:
     assert q.grad is not None and q.grad.shape == q.shape
 
 
+def test_packed_and_cached_meta_tensors_have_shapes() -> None:
+    q = torch.empty(7, 4, 8, device="meta", requires_grad=True)
+    k, ends = torch.empty(9, 2, 8, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    options: dict[str, Any] = {"mask": saccade.Window(2, 0, align="end"), "return_lse": True}
+    out, lse = saccade.attention_varlen(q, k, k, ends, ends, 4, 5, **options)
+    out.sum().backward()
+    assert out.shape == q.shape and lse.shape == (4, 7) and out.is_meta
+    assert q.grad is not None and q.grad.shape == q.shape
+    query, pages = torch.empty(2, 4, 1, 8, device="meta"), torch.empty(6, 2, 16, 8, device="meta")
+    lengths, table = (torch.empty(size, dtype=torch.int32, device="meta") for size in ((2,), (2, 3)))
+    assert saccade.attention_decode(query, pages, pages, lengths, table).shape == query.shape
+    cache = pages[:2]
+    assert saccade.attention_decode(query, cache, cache, lengths, beam=table).shape == query.shape
+
+
 def test_numbers_that_are_not_pythons() -> None:
     """torch's function takes a tensor of one number for a float; numpy's floats are floats."""
     import numpy

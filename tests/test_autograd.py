@@ -189,6 +189,20 @@ def test_vmap(name: str, backend: str) -> None:
     torch.testing.assert_close(got[0], torch.stack([w[0] for w in want]))
 
 
+@pytest.mark.parametrize("sizes", [(5, 0, 4), (5, 4, 0), (0, 4, 4)])
+def test_vmap_of_nothing(sizes: tuple[int, int, int], backend: str) -> None:
+    entries, queries, keys = sizes
+    q, k = torch.randn(entries, 2, 3, queries, 8), torch.randn(entries, 2, 3, keys, 8)
+
+    def run(q: Tensor, k: Tensor) -> Tensor:
+        return saccade.attention(q, k, k, backend=backend)
+
+    assert torch.vmap(run)(q, k).shape == q.shape
+    grads = torch.vmap(torch.func.grad(lambda q, k: run(q, k).sum(), argnums=(0, 1)))(q, k)
+    assert [g.shape for g in grads] == [q.shape, k.shape]
+    assert not any(bool(g.any()) for g in grads)
+
+
 @pytest.mark.many_calls
 def test_per_sample_gradients(backend: str) -> None:
     q, k, v = (x.detach() for x in make_inputs(Shape(5, 2, 2, 3, 4, 3, 2), torch.float64))

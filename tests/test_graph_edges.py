@@ -8,6 +8,7 @@ import pytest
 import saccade
 import torch
 from saccade import Graph, locality
+from saccade.backends import pairs
 from saccade.testing import Shape, check_attention, make_inputs
 from torch import Tensor
 
@@ -231,3 +232,60 @@ def elsewhere() -> Graph:
 def test_bad_graphs_are_refused(error: type[Exception], message: str, call: Any) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_features_of_width_0_add_nothing(backend: str) -> None:
+    graph = Graph.from_edge_index(torch.tensor([[0, 1, 1], [1, 2, 0]]), 3)
+    q = torch.randn(1, 2, 3, 8, requires_grad=True)
+    e, w = torch.zeros(3, 0, requires_grad=True), torch.zeros(2, 8, 0, requires_grad=True)
+    plain = saccade.attention(q, q, q, graph, backend=backend)
+    got = saccade.attention(q, q, q, graph, edge_attr=(e, w), backend=backend)
+    torch.testing.assert_close(got, plain)
+    grads = torch.autograd.grad(got.sum(), (q, e, w))
+    torch.testing.assert_close(grads[0], torch.autograd.grad(plain.sum(), q)[0])
+    assert grads[1].shape == e.shape and grads[2].shape == w.shape
+
+
+def test_nan_in_a_query_without_keys_reaches_no_feature(backend: str) -> None:
+    graph = Graph.from_edge_index(torch.tensor([[0, 1], [0, 1]]), 3)
+    q, k = torch.randn(2, 1, 3, 2), torch.randn(2, 1, 3, 2)
+    q[:, :, 2] = torch.nan  # no edge
+    q[0, 0, 1] = torch.nan  # its edge is masked in this entry
+    e, w = torch.randn(2, 4, requires_grad=True), torch.randn(1, 2, 4, requires_grad=True)
+    mask = graph & saccade.KeyPadding(torch.tensor([1, 2]))
+    out = saccade.attention(q, k, k, mask, edge_attr=(e, w), backend=backend)
+    for grad in torch.autograd.grad(out.sum(), (e, w)):
+        assert bool(grad.isfinite().all()) and bool(grad.any())
+
+
+@pytest.mark.parametrize("body", ["edges", "terms", "joint", "tiles"])
+def test_no_heads(body: str, backend: str) -> None:
+    graph = Graph.from_dense(torch.ones(4, 4).bool()) if body == "tiles" else complete(4)
+    q = torch.randn(1, 0, 4, 3, requires_grad=True)
+    e, w = torch.randn(graph.num_edges, 2, requires_grad=True), torch.randn(0, 3, 2, requires_grad=True)
+    options: dict[str, Any] = {}
+    if body == "terms":
+        options["edge_attr"] = (e, w)
+    if body == "joint":
+        options["score"] = saccade.GATv2(torch.randn(0, 3), edge_attr=(e, w))
+    out = saccade.attention(q, q, q, graph, backend=backend, **options)
+    out.sum().backward()
+    assert out.shape == q.shape and q.grad is not None
+    assert body not in ("terms", "joint") or (e.grad is not None and not bool(e.grad.any()))
+
+
+def complete(n: int) -> Graph:
+    """Every edge twice."""
+    index = torch.arange(n).repeat(2 * n)
+    return Graph.from_edge_index(torch.stack([index, index.sort().values]), n)
+
+
+def test_second_derivatives_hold_no_dense_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a number for every pair")
+
+    monkeypatch.setattr(pairs.Edges, "dense", refuse)
+    q = torch.randn(1, 2, 9, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(saccade.attention(q, q, q, complete(9)).sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), q)
+    assert bool(second.any())

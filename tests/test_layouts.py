@@ -368,3 +368,35 @@ def test_no_sequences_and_no_keys(backend: str) -> None:
     for mask in (keep, saccade.Segments(torch.zeros(2, 3).int(), torch.zeros(2, 0).int())):
         out, lse = saccade.attention(q, k, v, mask, return_lse=True, backend=backend)
         assert out.shape == (2, 4, 3, 6) and not out.any() and bool((lse == -torch.inf).all())
+
+
+def test_a_trained_sink_decodes_without_gradients() -> None:
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 300, 8)
+    sink, lengths = torch.nn.Parameter(torch.randn(2)), torch.tensor([300])
+    with torch.no_grad():
+        got = saccade.attention_decode(q, k, k, lengths, sink=sink, backend="cpu")
+    torch.testing.assert_close(got, saccade.attention(q, k, k, sink=sink).detach())
+    with pytest.raises(NotImplementedError, match="gradients through a key cache"):
+        saccade.attention_decode(q, k, k, lengths, sink=sink, backend="cpu")
+
+
+@pytest.mark.parametrize("call", ["decode", "dense", "packed"])
+def test_no_heads(call: str, backend: str) -> None:
+    q, k = torch.randn(1, 0, 1, 8), torch.randn(1, 0, 300, 8)
+    if call == "decode":
+        out = saccade.attention_decode(q, k, k, torch.tensor([300]), backend=backend)
+    elif call == "dense":
+        out = saccade.attention(q, k, k, backend=backend)
+    else:
+        ends = torch.tensor([0, 1])
+        q = torch.randn(1, 0, 8)
+        out = saccade.attention_varlen(q, q, q, ends, ends, 1, 1, backend=backend)
+    assert out.shape == q.shape
+
+
+def test_merge_leaves_out_what_empty_parts_hold() -> None:
+    out, lse = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3)
+    empty = torch.full_like(lse, -torch.inf)
+    merged = saccade.merge([out, torch.full_like(out, torch.nan)], [lse, empty])
+    torch.testing.assert_close(merged, (out, lse))
+    assert bool(saccade.merge([out * torch.nan] * 2, [empty] * 2)[0].eq(0).all())

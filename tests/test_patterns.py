@@ -44,14 +44,14 @@ def bigbird_rule(seqlen: int, block: int, window: int, first: int, others: int, 
 
 CASES: list[tuple[str, Any, int, Rule]] = []
 for n in (0, 1, 7, 64, 131):
-    for stride in (1, 4, 200):
+    for stride in (1, 4, 200, 10**30):
         causal_rule: Rule = lambda i, j, s=stride: j <= i and (i - j < s or (i - j) % s == 0)  # noqa: E731
         both_rule: Rule = lambda i, j, s=stride: abs(i - j) < s or (i - j) % s == 0  # noqa: E731
         CASES += [
             (f"strided-{n}-{stride}", patterns.strided(n, stride), n, causal_rule),
             (f"strided-{n}-{stride}-both", patterns.strided(n, stride, causal=False), n, both_rule),
         ]
-    for window, dilation in ((0, 1), (3, 1), (2, 3), (500, 2), (0, 5)):
+    for window, dilation in ((0, 1), (3, 1), (2, 3), (500, 2), (0, 5), (2, 10**30)):
         rule = gapped(window, dilation)
         causal_gapped: Rule = lambda i, j, r=rule: j <= i and r(i, j)  # noqa: E731
         name = f"{n}-{window}-{dilation}"
@@ -64,14 +64,15 @@ for n in (0, 1, 7, 64, 131):
     with_tokens: Rule = lambda i, j, t=tuple(tokens): abs(i - j) <= 4 or i in t or j in t  # noqa: E731
     CASES.append((f"longformer-{n}-global", patterns.longformer(n, 4, [*tokens, *tokens]), n, with_tokens))
 for n, block, window, first, others in ((0, 4, 3, 1, 3), (1, 4, 3, 1, 3), (30, 4, 3, 2, 0), (130, 8, 5, 1, 3),
-                                        (67, 1, 1, 0, 2), (64, 16, 3, 9, 3), (50, 100, 3, 1, 3)):  # fmt: skip
+                                        (67, 1, 1, 0, 2), (64, 16, 3, 9, 3), (50, 100, 3, 1, 3),
+                                        (50, 10**30, 3, 1, 3)):  # fmt: skip
     made = patterns.bigbird(
         n, block, num_window_blocks=window, num_global_blocks=first, num_random_blocks=others, seed=5
     )
     rule = bigbird_rule(n, block, window, first, others, 5)
     CASES.append((f"bigbird-{n}-{block}-{window}-{first}-{others}", made, n, rule))
 for height, width, radius, dilation in ((0, 5, 1, 1), (1, 1, 3, 1), (5, 9, 1, 1), (9, 5, (0, 2), 1),
-                                        (8, 7, 2, 2), (4, 4, 50, 1)):  # fmt: skip
+                                        (8, 7, 2, 2), (4, 4, 50, 1), (4, 4, 1, 10**30)):  # fmt: skip
     down, across = radius if isinstance(radius, tuple) else (radius, radius)
     rule = grid_rule(max(width, 1), down, across, dilation)
     before: Rule = lambda i, j, r=rule: j <= i and r(i, j)  # noqa: E731

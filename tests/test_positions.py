@@ -163,3 +163,17 @@ def test_modules_with_transformer_xl_make_nothing_of_size_n_by_n() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         attention(x, x, x, need_weights=False)[0].sum().backward()
     assert max(saved) < 1500 * 100
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_hidden_keys_reach_no_frequency(interleaved: bool) -> None:
+    frequencies = torch.tensor([1.0, 0.01], requires_grad=True)
+    position = saccade.RoPE(inv_freq=frequencies, interleaved=interleaved)
+    q, k = torch.randn(1, 1, 3, 4, requires_grad=True), torch.randn(1, 1, 4, 4)
+    clean = saccade.attention(q, k, k, saccade.KeyPadding(torch.tensor([3])), position=position)
+    expected = torch.autograd.grad(clean.square().sum(), (frequencies, q))
+    k[:, :, 3] = torch.nan
+    out = saccade.attention(q, k, k, saccade.KeyPadding(torch.tensor([3])), position=position)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (frequencies, q)), expected)
+    turned = position.rotate(k, torch.arange(4))
+    assert bool(turned[:, :, 3].isnan().all()) and bool(turned[:, :, :3].isfinite().all())

@@ -14,7 +14,8 @@ struct HeadLanes {
   int64_t heads, heads_k, group;
   int64_t pitch = 1;  // numbers per edge: a power of two up to a vector, then whole vectors
 
-  explicit HeadLanes(const GatherParams& p) : heads(p.heads), heads_k(p.heads_k), group(p.heads / p.heads_k) {
+  explicit HeadLanes(const GatherParams& p)
+      : heads(p.heads), heads_k(p.heads_k), group(p.heads / max64(p.heads_k, 1)) {
     while (pitch < heads && pitch < kLanes<T>) pitch *= 2;
     if (pitch < heads) pitch = round_up(heads, kLanes<T>);
   }

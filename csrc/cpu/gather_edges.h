@@ -57,6 +57,7 @@ static void gather_edges_item(const GatherParams& p, int64_t item, char* scratch
         for (int64_t h = 0; h < H; ++h) {
           const T* pair = numbers.of(b, e) + h;
           const T weight = pair[0], g = pair[numbers.pitch];
+          if (weight == T(0) && g == T(0)) continue;  // a masked edge, whose query may be NaN
           read_row(query, row_at(p.edge_q, b, h, row), p.edge_q.dtype, p.edge_q.col, p.edge_dim);
           read_row(grad, row_at(p.dout_edge, b, h, row), p.dout_edge.dtype, p.dout_edge.col, p.edge_dim);
           for (int64_t c = 0; c < p.edge_dim; ++c) sums[c] += g * query[c] + weight * grad[c];

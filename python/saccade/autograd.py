@@ -142,7 +142,7 @@ class Attention(Forward):
             q, k, v = (_folded(x, d, info.batch_size) for x, d in zip(tensors[:3], in_dims, strict=False))
             folded = _with_batch(call, info.batch_size)
             found = Attention.apply(q, k, v, *tensors[3:], seed, folded)
-            return _unfolded(found, info.batch_size)
+            return _unfolded(found, info.batch_size, call)
         return vmap_by_loop(Attention.apply, info, in_dims, args)
 
 
@@ -199,7 +199,7 @@ class Backward(Function):
             first = _HEADS + 3
             joint = [_folded(x, d, info.batch_size) for x, d in zip(args[:first], in_dims, strict=False)]
             found = Backward.apply(*joint, *tensors[3:], seed, _with_batch(call, info.batch_size), wanted)
-            return _unfolded(found, info.batch_size)
+            return _unfolded(found, info.batch_size, call)
         return vmap_by_loop(Backward.apply, info, in_dims, args)
 
 
@@ -305,7 +305,9 @@ def _with_batch(call: Call, size: int) -> Call:
     return replace(call, spec=replace(call.spec, batch=size * call.spec.batch))
 
 
-def _unfolded(found: tuple[Tensor, ...], size: int) -> Any:
-    return tuple(x.unflatten(0, (size, -1)) if x.numel() else x.expand(size, *x.shape) for x in found), (
+def _unfolded(found: tuple[Tensor, ...], size: int, call: Call) -> Any:
+    """The results by entry. What has one dimension is a result that nobody asked for, [0]."""
+    sizes = (size, call.spec.batch)
+    return tuple(x.unflatten(0, sizes) if x.dim() > 1 else x.expand(size, *x.shape) for x in found), (
         0,
     ) * len(found)

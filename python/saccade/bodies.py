@@ -51,6 +51,11 @@ def is_decode(problem: Problem, rows: int, keys: int) -> bool:
     )
 
 
+def tracked(problem: Problem) -> bool:
+    """Whether autograd will follow the call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem.tensors)
+
+
 def known(condition: bool) -> bool:
     """A traced graph must not depend on lengths that it leaves open."""
     if not torch.compiler.is_compiling():

@@ -278,5 +278,6 @@ def merge(outs: Any, lses: Any) -> tuple[Tensor, Tensor]:
     empty = total == 0
     total = torch.where(empty, 1.0, total)
     weights = (shares / total)[..., None]
-    out = (weights * torch.stack(outs).to(weights.dtype)).sum(0).to(outs[0].dtype)
+    parts = torch.where(present[..., None], torch.stack(outs), 0.0)  # an empty row may hold NaN
+    out = (weights * parts.to(weights.dtype)).sum(0).to(outs[0].dtype)
     return out, torch.where(empty, -torch.inf, torch.log(total) + peak)

@@ -29,6 +29,7 @@ def forward(
     """(out, lse, sum p e) of the tensors of a problem; the last is empty without edge features. `ops` is the
     module whose gather operators run.
     """
+    tensors, _ = _shown(tensors)
     q, w = tensors[0], tensors[_EDGE_W]
     assert q is not None
     order = spec.layout.out_order or memory_order(q)
@@ -51,6 +52,7 @@ def backward(
     """
     ops, spec = call
     dout, dlse, out, lse, mixed = grads
+    tensors, hidden = _shown(tensors)
     q, e, w = tensors[0], tensors[_EDGE_E], tensors[_EDGE_W]
     assert q is not None and dout is not None and mixed is not None and spec.args.graph is not None
     needs = sum(_BITS.get(n, 0) for n in wanted)
@@ -77,7 +79,16 @@ def backward(
             found[0] = dq.to(wide) + _lifted(dedge_q, w)
         if _EDGE_W in wanted:
             found[_EDGE_W] = _outer(q, dedge_q, wide) + _outer(dout, mixed, wide)
-    return found
+    return found | {n: torch.zeros_like(x) for n, x in hidden.items() if n in wanted}
+
+
+def _shown(tensors: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, ...], dict[int, Tensor]]:
+    """The tensors that kernels see, and those they do not: features [E, 0] add nothing."""
+    w = tensors[_EDGE_W]
+    if w is None or w.shape[-1] > 0:
+        return tensors, {}
+    hidden = {n: x for n, x in enumerate(tensors) if n in (_EDGE_E, _EDGE_W) and x is not None}
+    return tuple(None if n in hidden else x for n, x in enumerate(tensors)), hidden
 
 
 def _projected(x: Tensor, w: Tensor) -> Tensor:
@@ -93,6 +104,8 @@ def _lifted(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _outer(x: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
+    """The products of rows x and y, summed over batch and rows. A row y of zeros adds 0, though x be NaN."""
+    x = torch.where((y != 0).any(-1, keepdim=True), x, 0.0)
     with torch.autocast(x.device.type, enabled=False):
         return torch.einsum("bhid,bhie->hde", x.to(wide), y.to(wide))
 

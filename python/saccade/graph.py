@@ -47,16 +47,21 @@ class Graph(Mask):
     _cache: dict[str, Any]
 
     def __init__(
-        self, indptr: Tensor, indices: Tensor, edge_ids: Tensor | None, num_keys: int, num_edges: int
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        edge_ids: Tensor | None,
+        num_keys: int,
+        num_edges: int,
+        has_repeats: bool | None = None,
     ) -> None:
         rows = rows_of(indptr, indices.numel())
-        repeats = (rows[1:] == rows[:-1]) & (indices[1:] == indices[:-1])
+        if has_repeats is None:
+            has_repeats = bool(((rows[1:] == rows[:-1]) & (indices[1:] == indices[:-1])).any())
         set_fields(
             self, indptr=indptr, indices=indices, edge_ids=edge_ids, num_keys=num_keys, num_edges=num_edges
         )
-        set_fields(
-            self, num_queries=indptr.numel() - 1, has_repeats=bool(repeats.any()), _cache={"rows": rows}
-        )
+        set_fields(self, num_queries=indptr.numel() - 1, has_repeats=has_repeats, _cache={"rows": rows})
 
     # -- making one
     # ---------------------------------------------------------------------------------------------
@@ -219,7 +224,8 @@ class Graph(Mask):
         if indptr is self.indptr:  # "cuda" is the current one of them
             return self
         ids = None if self.edge_ids is None else self.edge_ids.to(device)
-        return Graph(indptr, self.indices.to(device), ids, self.num_keys, self.num_edges)
+        indices = self.indices.to(device)
+        return Graph(indptr, indices, ids, self.num_keys, self.num_edges, self.has_repeats)
 
     def add_self_loops(self) -> Graph:
         """Adds the missing edges (i, i), after the existing ones. Needs as many keys as queries."""

@@ -6,13 +6,16 @@ A mask is an immutable object; masks are joined with `&`. True means keep.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from .graph import Graph
@@ -166,11 +169,12 @@ class Mask:
         """The normal form for a call of these dimensions; kept for the next call of the same ones."""
         from .join import resolve
 
-        if torch.compiler.is_compiling():  # a cache written inside a traced region would hold traced tensors
+        if torch.compiler.is_compiling() or _has_modes():  # traced or fake tensors are not for the next call
             return resolve(self, dims)
         last = getattr(self, "_resolved", None)
         if last is None or last[0] != dims:
-            last = (dims, resolve(self, dims))
+            with _plain():
+                last = (dims, resolve(self, dims))
             object.__setattr__(self, "_resolved", last)
         return last[1]
 
@@ -186,10 +190,28 @@ class Mask:
 
 
 def values_are_known(x: Tensor) -> bool:
-    """False on the meta device and while a call is traced: masks made there are not checked (kernels clamp
-    what they count).
+    """False on the meta device, for fake tensors and while a call is traced: masks made there are not checked
+    (kernels clamp what they count).
     """
-    return not x.is_meta and not torch.compiler.is_compiling()
+    return not x.is_meta and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def _has_modes() -> bool:
+    """Whether a FakeTensorMode, a tracer or another dispatch mode is active."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """For what is kept between calls: tensors made here are plain ones, whatever mode the caller is in. Fake
+    ones, those of a tracer and those of inference mode would serve no other caller.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        if not _has_modes():
+            yield
+        else:
+            with _disable_current_modes():
+                yield
 
 
 _Given = ParamSpec("_Given")
@@ -197,20 +219,28 @@ _Built = TypeVar("_Built")
 
 
 def untraced(what: str) -> Callable[[Callable[_Given, _Built]], Callable[_Given, _Built]]:
-    """For functions whose results have sizes that torch.compile cannot know (how many edges there are):
-    called by a compiled function they run outside of it; with fullgraph=True the error says `what`.
+    """For functions whose results have sizes that torch.compile cannot know (how many edges there are), and
+    are kept: called by a compiled function they run outside of it; with fullgraph=True the error says `what`.
+    What they make is plain in every mode.
     """
 
     def decorate(build: Callable[_Given, _Built]) -> Callable[_Given, _Built]:
         outside: list[Callable[_Given, _Built]] = []
 
         @functools.wraps(build)
+        def plain(*args: _Given.args, **kwargs: _Given.kwargs) -> _Built:
+            if _has_modes() and any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values())):
+                raise RuntimeError(f"saccade builds from real tensors, these are fake: {what}")
+            with _plain():
+                return build(*args, **kwargs)
+
+        @functools.wraps(build)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Built:
             if not torch.compiler.is_dynamo_compiling():
-                return build(*args, **kwargs)
+                return plain(*args, **kwargs)
             torch._dynamo.graph_break(msg=f"saccade builds outside of compiled functions: {what}")
             if not outside:  # made earlier it would import the compiler, for over a second, with the package
-                outside.append(torch.compiler.disable(build))
+                outside.append(torch.compiler.disable(plain))
             return outside[0](*args, **kwargs)
 
         return run

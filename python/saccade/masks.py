@@ -335,6 +335,7 @@ class Chunks(Mask):
         if align not in (None, "end"):
             raise ValueError(f'align: expected None or "end", got {align!r}')
         # A chunk number times the size must stay within int64.
+        size = min(size, UNBOUNDED)
         reach = UNBOUNDED // size if left is None else min(left, UNBOUNDED // size)
         set_fields(self, size=size, left=reach, align=align)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .maskbase import UNBOUNDED, values_are_known
 from .problem import Layout
 
 
@@ -19,6 +20,8 @@ def packed_layout(q: Any, k: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) 
         cu = _ints(f"cu_seqlens_{name}", cu, 1, q.device, torch.int64)
         if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
             raise TypeError(f"max_seqlen_{name}: expected an int, got {type(longest).__name__}")
+        if isinstance(longest, int) and not 0 <= longest <= UNBOUNDED:
+            raise ValueError(f"max_seqlen_{name}: expected 0 to {UNBOUNDED}, got {longest}")
         if cu.shape[0] == 0:
             raise ValueError(f"cu_seqlens_{name}: expected shape [B + 1], got [0]")
         if _readable(cu):
@@ -78,16 +81,24 @@ def cache_layout(q: Any, k_cache: Any, lengths: Any, page_table: Any, beam: Any)
         for name, table in (("page_table", page_table), ("beam", beam)):
             if table is not None:
                 _check_rows(name, table, entries, rows)
+    page_table, beam = _narrow(page_table), _narrow(beam)
     return Layout(
         seqused_k=used, page_table=page_table, beam=beam, max_seqlen_q=q.shape[2], max_seqlen_k=capacity
     )
 
 
 def _table(name: str, value: Any, q: Tensor, shape: str, widest: int | None = None) -> Tensor:
-    table = _ints(name, value, 2, q.device, torch.int32)
+    table = _ints(name, value, 2, q.device)
     if table.shape[0] != q.shape[0] or (widest is not None and table.shape[1] > widest):
         raise ValueError(f"{name}: expected shape {shape}, got {list(table.shape)}")
     return table
+
+
+def _narrow(table: Tensor | None) -> Tensor | None:
+    """In int32; what does not fit stays out of range."""
+    if table is None or table.dtype == torch.int32:
+        return table
+    return table.clamp(-1, torch.iinfo(torch.int32).max).int()
 
 
 def _check_rows(name: str, table: Tensor, used: Tensor, rows: int) -> None:
@@ -98,7 +109,7 @@ def _check_rows(name: str, table: Tensor, used: Tensor, rows: int) -> None:
         raise ValueError(f"{name}: expected 0 <= entry < {rows}, got {int(table[wrong][0])}")
 
 
-def _ints(name: str, value: Any, ndim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _ints(name: str, value: Any, ndim: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(value).__name__}")
     if value.dtype not in (torch.int64, torch.int32) or value.dim() != ndim or value.device != device:
@@ -109,4 +120,4 @@ def _ints(name: str, value: Any, ndim: int, device: torch.device, dtype: torch.d
 
 def _readable(x: Tensor) -> bool:
     """Values are read on the CPU only, and not while a graph is traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and values_are_known(x)

@@ -28,6 +28,7 @@ def strided(seqlen: int, stride: int, *, causal: bool = True) -> Graph:
     """
     _check_sizes(0, seqlen=seqlen)
     _check_sizes(1, stride=stride)
+    stride = min(stride, max(seqlen, 1))  # no pair is further apart
     i = torch.arange(seqlen)
     near = _spans(i, i - (stride - 1), i + (1 if causal else stride))
     columns = _spans(i, i % stride, i + 1 if causal else torch.full_like(i, seqlen), stride)
@@ -87,6 +88,7 @@ def bigbird(  # noqa: PLR0913  the sizes of the paper's pattern
     """
     _check_sizes(0, seqlen=seqlen, num_global_blocks=num_global_blocks, num_random_blocks=num_random_blocks)
     _check_sizes(1, block_size=block_size, num_window_blocks=num_window_blocks)
+    block_size = min(block_size, max(seqlen, 1))
     count, draw, reach = -(-seqlen // block_size), random.Random(seed), num_window_blocks // 2
     pairs: list[tuple[int, int]] = []
     for a in range(count):
@@ -119,10 +121,8 @@ def grid2d(
     dilation; `radius` is one int or (rows, columns). At the border a neighbourhood is cut off (in
     2204.07143 it is shifted inwards). With `causal` also j <= i.
     """
-    down, across = radius if isinstance(radius, tuple | list) else (radius, radius)
     _check_sizes(0, height=height, width=width)
-    for name, reach in (("radius", down), ("radius", across)):
-        _check_sizes(0, **{name: reach})
+    down, across = check_radius(radius)
     _check_sizes(1, dilation=dilation)
     y, other_y = _around(torch.arange(height), down, down, dilation)  # [R]: kept pairs of rows
     x, other_x = _around(torch.arange(width), across, across, dilation)  # [C]: of columns
@@ -133,6 +133,16 @@ def grid2d(
     if causal:
         i, j = i[j <= i], j[j <= i]
     return _joined(height * width, (i, j))
+
+
+def check_radius(radius: object) -> tuple[int, int]:
+    """(rows, columns) of the radius of a neighbourhood."""
+    pair = tuple(radius) if isinstance(radius, tuple | list) else (radius, radius)
+    if len(pair) != 2:
+        raise ValueError(f"radius: expected an int or (rows, columns), got {radius!r}")
+    for reach in pair:
+        _check_sizes(0, radius=reach)
+    return pair[0], pair[1]
 
 
 def _check_sizes(least: int, **sizes: object) -> None:
@@ -165,6 +175,7 @@ def _spans(
 def _around(i: Tensor, before: int, after: int, dilation: int) -> tuple[Tensor, Tensor]:
     """The pairs (i, i + n * dilation) with -before <= n <= after; some may lie outside."""
     # No offset reaches further than there are positions.
+    dilation = min(dilation, max(i.numel(), 1))
     most = -(-i.numel() // dilation)
     steps = torch.arange(-min(before, most), min(after, most) + 1) * dilation
     return i.repeat_interleave(steps.numel()), (i[:, None] + steps).reshape(-1)

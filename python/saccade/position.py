@@ -25,6 +25,11 @@ def _float_tensor(name: str, value: object, dims: tuple[int, ...]) -> Tensor:
     return value
 
 
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
 def _check_heads(what: str, got: int, heads: int) -> None:
     if got != heads:
         raise ValueError(f"position: {what} is for {got} heads, the call has {heads}")
@@ -71,6 +76,9 @@ class ALiBi(DistanceBias):
     @staticmethod
     def default_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
         """The paper's geometric sequence, for any number of heads."""
+        _check_int("heads", heads)
+        if heads < 1:
+            raise ValueError(f"heads: expected at least 1, got {heads}")
         power = 2 ** math.floor(math.log2(heads))
         slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
         slopes += [2 ** (-4 * (2 * n + 1) / power) for n in range(heads - power)]
@@ -95,6 +103,8 @@ class T5(DistanceBias):
         self.bidirectional = bool(bidirectional)
         self.num_buckets = table.shape[0] if num_buckets is None else num_buckets
         self.max_distance = max_distance
+        for name, value in (("num_buckets", self.num_buckets), ("max_distance", max_distance)):
+            _check_int(name, value)
         if self.num_buckets != table.shape[0]:
             raise ValueError(f"table: expected shape [{self.num_buckets}, H], got {list(table.shape)}")
         if self.num_buckets < (4 if bidirectional else 2) or self.num_buckets % (2 if bidirectional else 1):
@@ -259,6 +269,11 @@ class RoPE(Position):
         interleaved: bool = False,
         inv_freq: Tensor | None = None,
     ) -> None:
+        _check_int("dim", 2 if dim is None else dim)
+        if isinstance(base, bool) or not isinstance(base, int | float):
+            raise TypeError(f"base: expected a float, got {type(base).__name__}")
+        if not 0 < base < math.inf:
+            raise ValueError(f"base: expected a positive, finite number, got {base}")
         if dim is not None and (dim < 2 or dim % 2):
             raise ValueError(f"dim: expected an even number from 2, got {dim}")
         if inv_freq is not None:
@@ -289,11 +304,18 @@ class RoPE(Position):
             angle = positions[..., None].to(wide) * self.inv_freq.to(wide)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         part = x[..., :dim].to(wide)
-        if self.interleaved:
-            a, b = part[..., 0::2], part[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        else:
-            a, b = part.chunk(2, -1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        if self.inv_freq is None:
+            turned = self._turn(part, cos, sin)
+        else:  # a row of NaN that no pair keeps must not reach the gradient of inv_freq, as 0 * NaN
+            finite = part.isfinite().all(-1, keepdim=True)
+            safe = self._turn(torch.where(finite, part, 0.0), cos, sin)
+            turned = torch.where(finite, safe, self._turn(part, cos.detach(), sin.detach()))
         turned = turned.to(x.dtype)
         return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], -1)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.interleaved:
+            a, b = x[..., 0::2], x[..., 1::2]
+            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

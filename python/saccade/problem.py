@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import inf
 from numbers import Real
 from typing import Any, TypedDict
 
@@ -148,6 +147,10 @@ class Problem:
         act = _activation(activation, return_lse, sink)
         code, slope = (DOT, 0.0) if score == "dot" else _score(score)
         dropout_p = 0.0 if dropout_p == 0.0 else check_probability(dropout_p)
+        if seed is not None or dropout_p:
+            seed = as_seed(seed, q.device)
+        if not isinstance(deterministic, bool | None):
+            raise TypeError(f"deterministic: expected a bool or None, got {type(deterministic).__name__}")
         spec = Spec(
             batch,
             heads,
@@ -164,7 +167,7 @@ class Problem:
             0.0 if softcap is None else _positive("softcap", softcap),
             slope,
             dropout_p,
-            as_seed(seed, q.device) if dropout_p else None,
+            seed if dropout_p else None,
             layout,
             deterministic,
         )
@@ -228,6 +231,7 @@ class Options(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(Options.__annotations__)
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def check_options(function: str, options: Any) -> None:
@@ -359,15 +363,16 @@ def _score(score: object) -> tuple[int, float]:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt | Real):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if value != value:
-        raise ValueError(f"{name}: expected a number, got {value}")
+    number: Any = value
+    if not isinstance(value, torch.SymFloat | torch.SymInt) and not -_LARGEST <= number <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number that fp32 holds, got {value}")
     return float(value)
 
 
 def _positive(name: str, value: Any) -> float:
     number = _number(name, value)
-    if not 0 < number < inf:
-        raise ValueError(f"{name}: expected a positive number below infinity, or None, got {value}")
+    if not _SMALLEST <= number:
+        raise ValueError(f"{name}: expected a positive number that fp32 holds, or None, got {value}")
     return number
 
 

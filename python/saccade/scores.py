@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +38,8 @@ class GATv2:
         self.weight, self.edge_attr = _checked(weight), _pair(edge_attr)
         if isinstance(slope, bool) or not isinstance(slope, int | float):
             raise TypeError(f"slope: expected a float, got {type(slope).__name__}")
+        if not abs(slope) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"slope: expected a finite number that fp32 holds, got {slope}")
         self.slope = float(slope)
 
     def __repr__(self) -> str:

@@ -46,6 +46,8 @@ def _float(name: str, value: Any, q: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if value.device != q.device:
         raise ValueError(f"{name}: expected the device of q, {q.device}, got {value.device}")
 

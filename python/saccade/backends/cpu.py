@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..autograd import attend
 from ..autograd_weights import attend_and_weigh
-from ..bodies import is_decode, is_gather, known, needs_gather, needs_tiles
+from ..bodies import is_decode, is_gather, known, needs_gather, needs_tiles, tracked
 from ..problem import DOT, Problem, Spec
 
 NAME = "cpu"
@@ -34,7 +34,7 @@ def unsupported(problem: Problem) -> list[str]:
     if needs_gather(problem) and needs_tiles(problem):
         found.append("edge terms and repeated edges do not go with bias, position or an extra key")
     layout = spec.layout
-    if layout.seqused_k is not None and any(t is not None and t.requires_grad for t in problem.tensors):
+    if layout.seqused_k is not None and tracked(problem):
         found.append("gradients through a key cache")
     return found
 
@@ -50,7 +50,7 @@ def body(problem: Problem) -> int:
 def _decodes(spec: Spec) -> bool:
     """Whether the decode body has what a call asks for. The tiled one reads caches too."""
     alike = spec.score == DOT and not spec.dropout_p and spec.args.head_bounds is None
-    return alike and known(spec.seqlen_q <= _DECODE_BLOCK)
+    return alike and spec.heads > 0 and known(spec.seqlen_q <= _DECODE_BLOCK)
 
 
 def kernel(problem: Problem) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops, ops_triton
 from ..autograd import attend
 from ..autograd_weights import ReferenceWeights, attention_weights
-from ..bodies import is_decode, is_gather, needs_tiles
+from ..bodies import is_decode, is_gather, needs_tiles, tracked
 from ..maskbase import UNBOUNDED, MaskArgs
 from ..problem import DOT, NORMALISED, Problem
 
@@ -72,13 +72,12 @@ def beyond(problem: Problem) -> list[str]:
     by_query = rel_bias is not None and rel_bias.dim() > 2
     trains = trains and not by_query
     position = type(problem.position).__name__
-    tracked = any(t is not None and t.requires_grad for t in problem.tensors)
     cached, chosen = spec.layout.seqused_k is not None, body(problem)
     single = chosen != ops.TILED
     dtypes = "bfloat16, float16 nor float32" if single else "bfloat16 nor float16"
     # The gradients of decode are the tiled kernels'.
     single_trains = problem.q.dtype == torch.float32 and chosen == ops.DECODE and not cached
-    single_trains = single_trains and tracked and torch.is_grad_enabled()
+    single_trains = single_trains and tracked(problem)
     found = (
         (problem.q.dtype not in _DTYPES[: 2 + single], f"{problem.q.dtype}, neither {dtypes}"),
         (max(spec.head_dim, spec.head_dim_v) > _HEAD_DIM, f"head_dim above {_HEAD_DIM}"),
@@ -90,7 +89,7 @@ def beyond(problem: Problem) -> list[str]:
         (needs_tiles(problem), "a bias, a relative position or an extra key beside a graph"),
         (problem.edge_attr is not None, "edge_attr"),
         (problem.extra_k is not None, "extra_k and extra_v"),
-        (tracked and cached, "gradients through a key cache"),
+        (cached and tracked(problem), "gradients through a key cache"),
         (single_trains, "float32 gradients of its decode kernel"),
         (bias is not None and bias.dtype == torch.float64, "a float64 bias"),
         (trains, "the gradient of a relative bias"),

@@ -42,7 +42,7 @@ def attend(
     spec: Spec, tensors: tuple[Tensor | None, ...], position: QueryRelative | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) from the tensors of `Problem.tensors`; lse is empty where the activation has none."""
-    result = weigh(spec, tensors, position)
+    result = weigh(spec, tensors, position, weights=False)
     q = tensors[0]
     assert q is not None
     out = in_order(result[0].to(q.dtype), spec.layout.out_order or memory_order(q))
@@ -54,15 +54,16 @@ def weigh(
     tensors: tuple[Tensor | None, ...],
     position: QueryRelative | None = None,
     wide: torch.dtype | None = None,
+    weights: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, weights) in `wide`, the accumulator's dtype. weights [B, H, Sq, Sk'] are dense calls' only,
-    else empty.
+    """(out, lse, weights) in `wide`, the accumulator's dtype. weights [B, H, Sq, Sk'] are dense calls' only
+    that ask for them, else empty.
     """
     assert tensors[0] is not None
     device = tensors[0].device.type
     if is_autocast(device):  # would make the products narrow again
         with torch.autocast(device, enabled=False):
-            return weigh(spec, tensors, position, wide)
+            return weigh(spec, tensors, position, wide, weights)
     wide = wide or accumulator(tensors[0].dtype)
     q, k, v, *terms = (None if x is None else x.to(wide) for x in tensors)
     assert q is not None and k is not None and v is not None
@@ -70,9 +71,9 @@ def weigh(
     joined: tuple[Any, ...] = (*rest, position)
     if spec.layout.is_dense:
         row = Row(spec, 0, q, _per_head(k, 1, spec), _per_head(v, 1, spec), bias, rel_bias, *joined)
-        return _attend_rows(row)
+        return _attend_rows(row, weights)
     parts = [
-        _attend_rows(Row(spec, b, qb, kb, vb, bias, _own_relative(spec, rel_bias, b), *joined))
+        _attend_rows(Row(spec, b, qb, kb, vb, bias, _own_relative(spec, rel_bias, b), *joined), False)
         for b, (qb, kb, vb) in enumerate(_sequences(spec, q, k, v))
     ]
     return (*_join_sequences(spec, parts, q, v), q.new_empty(0))
@@ -83,7 +84,15 @@ def _own_relative(spec: Spec, rel_bias: Tensor | None, b: int) -> Tensor | None:
     starts = spec.layout.cu_seqlens_q
     if rel_bias is None or rel_bias.dim() == 2:
         return rel_bias
-    return rel_bias[b : b + 1] if starts is None else rel_bias[None, :, int(starts[b]) : int(starts[b + 1])]
+    if starts is None:
+        return rel_bias[b : b + 1]
+    begin, end = _starts(starts, rel_bias.transpose(0, 1))[b : b + 2]
+    return rel_bias[None, :, begin:end]
+
+
+def _starts(ends: Tensor, rows: Tensor) -> list[int]:
+    """Where each of the packed sequences begins, and the end. Without values, on meta, the last has all."""
+    return [0] * (ends.shape[0] - 1) + [rows.shape[0]] if ends.is_meta else ends.tolist()
 
 
 def _per_head(x: Tensor, dim: int, spec: Spec) -> Tensor:
@@ -96,14 +105,15 @@ def _sequences(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor
     found: list[Any] = []
     if layout.cu_seqlens_q is not None:
         assert layout.cu_seqlens_k is not None
-        starts_q, starts_k = layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist()
+        starts_q, starts_k = _starts(layout.cu_seqlens_q, q), _starts(layout.cu_seqlens_k, k)
         for b in range(spec.batch):
             rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
             x = (q[rows], _per_head(k[keys], 1, spec), _per_head(v[keys], 1, spec))
             found.append(tuple(t.transpose(0, 1)[None] for t in x))
         return found
     assert layout.seqused_k is not None
-    for b, used in enumerate(layout.seqused_k.tolist()):
+    lengths = layout.seqused_k
+    for b, used in enumerate([layout.max_seqlen_k] * q.shape[0] if lengths.is_meta else lengths.tolist()):
         caches = (_per_head(_cached(spec, x, b, used), 1, spec) for x in (k, v))
         found.append((q[b : b + 1], *caches))
     return found
@@ -133,7 +143,8 @@ def _join_sequences(spec: Spec, parts: list[Any], q: Tensor, v: Tensor) -> tuple
     return out, torch.cat([x[0] for x in lses], 1) if spec.activation in NORMALISED else torch.cat(lses)
 
 
-def _attend_rows(row: Row) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_rows(row: Row, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, weights); those laid out for every pair, of edges too, only where `dense`."""
     spec = row.spec
     pairs: Pairs = Dense(row) if spec.args.graph is None else Edges(row)
     bias = None if row.bias is None else pairs.of(row.bias.to(row.q.dtype).expand(-1, -1, pairs.sq, pairs.sk))
@@ -153,14 +164,15 @@ def _attend_rows(row: Row) -> tuple[Tensor, Tensor, Tensor]:
             rows = torch.arange(pairs.sq, device=q.device)
             extra_weights = _drop(row, extra_weights, rows, torch.full_like(rows, spec.seqlen_k))
     out = pairs.mix(weights, v)
-    columns = [pairs.dense(weights)] if spec.layout.is_dense else []
     if extra_weights is not None:
         assert row.extra_v is not None
         out = out + extra_weights[..., None] * row.extra_v[:, None]
-        columns.append(extra_weights[..., None])
-    if columns and spec.activation == SOFTMAX1:
+    if not dense:
+        return out, lse, lse.new_empty(0)
+    columns = [pairs.dense(weights)] + ([] if extra_weights is None else [extra_weights[..., None]])
+    if spec.activation == SOFTMAX1:
         columns.append(_zero_column(row, lse, spec.seqlen_k + len(columns) - 1)[..., None])
-    return out, lse, torch.cat(columns, -1) if spec.layout.is_dense else lse
+    return out, lse, torch.cat(columns, -1)
 
 
 def _zero_column(row: Row, lse: Tensor, j: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops, ops_triton
 from ..autograd import attend
 from ..autograd_weights import attention_weights
-from ..bodies import is_decode, is_gather, needs_gather, needs_tiles
+from ..bodies import is_decode, is_gather, needs_gather, needs_tiles, tracked
 from ..problem import Problem
 
 NAME = "triton"
@@ -58,7 +58,7 @@ def _beyond(problem: Problem) -> list[str]:
     if needs_gather(problem) and needs_tiles(problem):
         found.append("edge terms and repeated edges do not go with bias, position or an extra key")
     cached = problem.spec.layout.seqused_k is not None
-    if cached and any(t is not None and t.requires_grad for t in problem.tensors):
+    if cached and tracked(problem):
         found.append("gradients through a key cache")
     return found
 

@@ -14,14 +14,21 @@ from torch import Tensor
 _QUERIES, _BATCH = 7, 2
 
 
-def difference(got: list[Tensor], plain: list[Tensor], exact: list[Tensor], least_eps: float = 0.0) -> str:
+def difference(
+    got: list[Tensor],
+    plain: list[Tensor],
+    exact: list[Tensor],
+    least_eps: float = 0.0,
+    rough: list[Tensor] | None = None,
+) -> str:
     """What is further from `exact` than the plain results allow: four times their error, a few roundings.
 
-    Empty where nothing is. `least_eps`: how exact `exact` is.
+    Empty where nothing is. `least_eps`: how exact `exact` is. `rough`: the plain results in fp32, where the
+    plain ones are `exact` themselves; their error says what those of fp64 may be.
     """
     if len(got) != len(plain):
         return f"{len(got)} results instead of {len(plain)}"
-    for new, old, true in zip(got, plain, exact, strict=True):
+    for n, (new, old, true) in enumerate(zip(got, plain, exact, strict=True)):
         if new.shape != old.shape or new.dtype != old.dtype:
             return f"{list(new.shape)} {new.dtype} instead of {list(old.shape)} {old.dtype}"
         if not new.numel():
@@ -29,6 +36,8 @@ def difference(got: list[Tensor], plain: list[Tensor], exact: list[Tensor], leas
         true = true.double()
         error, allowed = ((x.double() - true).abs().max().item() for x in (new, old))
         eps = max(torch.finfo(old.dtype).eps, least_eps)
+        if rough is not None:
+            allowed += (rough[n].double() - true).abs().max().item() * eps / torch.finfo(rough[n].dtype).eps
         bound = 4 * allowed + 8 * eps * true.abs().max().item()
         if not error <= bound:  # NaN is no match either
             return f"a result of shape {list(new.shape)} is off by {error:.3g}, torch's own by {allowed:.3g}"
@@ -58,20 +67,22 @@ def evaluated(module: torch.nn.Module, compute: Callable[[], Any]) -> Any:
 
 def results(module: Any) -> dict[str, list[Tensor]]:
     """What torch's attention module gives, in its own dtype and in fp64 (the same rounded weights and
-    inputs).
+    inputs); a module in fp64 also in fp32.
     """
-    plain = evaluated(module, lambda: _calls(module, module.out_proj.weight.dtype, _plain(module)))
-    wide = (
-        plain if any(x.device.type == "mps" for x in plain) else _calls(module, torch.float64, _exact(module))
-    )
-    return {"plain": plain, "exact": wide}
+    own = module.out_proj.weight.dtype
+    plain = evaluated(module, lambda: _calls(module, own, _plain(module)))
+    if any(x.device.type == "mps" for x in plain):
+        return {"plain": plain, "exact": plain}
+    found = {"plain": plain, "exact": _calls(module, torch.float64, _formula(module, torch.float64))}
+    if own == torch.float64:
+        found["rough"] = _calls(module, torch.float32, _formula(module, torch.float32))
+    return found
 
 
 def compare(module: Any, before: dict[str, list[Tensor]]) -> str:
     """What is different now; empty where nothing is."""
-    plain = before["plain"]
-    got = evaluated(module, lambda: _calls(module, plain[0].dtype, _plain(module)))
-    return difference(got, plain, before["exact"])
+    got = evaluated(module, lambda: _calls(module, module.out_proj.weight.dtype, _plain(module)))
+    return difference(got, before["plain"], before["exact"], rough=before.get("rough"))
 
 
 def _inputs(module: Any, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -92,7 +103,8 @@ def _inputs(module: Any, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Te
 def _calls(module: Any, dtype: torch.dtype, run: Any) -> list[Tensor]:
     """Outputs, weights and input gradients of two calls of `run`."""
     found = []
-    with torch.inference_mode(False), torch.enable_grad():
+    device = module.out_proj.weight.device.type
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         for options in ({"need_weights": True}, {"need_weights": False}):
             inputs, masks = _inputs(module, dtype)
             outputs = run(*inputs, **options, **({} if options["need_weights"] else masks))
@@ -106,11 +118,11 @@ def _plain(module: Any) -> Any:
     return lambda *inputs, **options: type(module).forward(module, *inputs, **options)
 
 
-def _exact(module: Any) -> Any:
-    """torch's own formula on the module's weights in fp64."""
+def _formula(module: Any, dtype: torch.dtype) -> Any:
+    """torch's own formula on the module's weights in `dtype`."""
 
     def wide(x: Tensor | None) -> Any:
-        return None if x is None else x.detach().double()
+        return None if x is None else x.detach().to(dtype)
 
     def run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         if module.batch_first:

@@ -19,8 +19,14 @@ _MESSAGE_PASSING = {
 }  # fmt: skip
 
 
-def check_message_passing(given: dict[str, Any]) -> None:
-    """What of MessagePassing's own arguments means attention as it is written here."""
+def check_arguments(heads: object, given: dict[str, Any]) -> None:
+    """The number of heads, and what of MessagePassing's own arguments means attention as it is written
+    here.
+    """
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise TypeError(f"heads: expected an int, got {type(heads).__name__}")
+    if heads < 1:
+        raise ValueError(f"heads: expected at least 1, got {heads}")
     for name, value in given.items():
         if name not in _MESSAGE_PASSING:
             raise TypeError(f"{name}: unexpected argument")

@@ -123,9 +123,13 @@ _REDUCE = {"add": "sum", "sum": "sum", "mean": "mean", "min": "amin", "max": "am
 def _loop_features(edges: Edges, e: Tensor, fill: float | Tensor | str) -> Tensor:
     shape = (edges.loops, e.shape[1])
     if isinstance(fill, Tensor):
+        if fill.shape not in ((), (1,), shape[1:], (1, shape[1])):
+            raise ValueError(f"fill_value: expected shape [{shape[1]}], got {list(fill.shape)}")
         return fill.to(e).expand(shape)
-    if not isinstance(fill, str):
+    if isinstance(fill, int | float):
         return e.new_full(shape, fill)
+    if not isinstance(fill, str):
+        raise TypeError(f"fill_value: expected a number, a tensor or a string, got {type(fill).__name__}")
     if fill not in _REDUCE:
         raise ValueError(f"fill_value: expected a number, a tensor or one of {list(_REDUCE)}, got {fill!r}")
     targets = edges.pairs[1][: e.shape[0], None].expand_as(e)

@@ -17,7 +17,7 @@ from ._conv import (
     Channels,
     attend,
     both,
-    check_message_passing,
+    check_arguments,
     dropped,
     edge_weights,
     index_of,
@@ -115,7 +115,7 @@ class GATConv(GATBase):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        check_message_passing(kwargs)
+        check_arguments(heads, kwargs)
         self._set(in_channels, out_channels, heads, concat, negative_slope)
         self.dropout, self.add_self_loops, self.edge_dim = dropout, add_self_loops, edge_dim
         self.fill_value, self.residual = fill_value, residual
@@ -251,7 +251,7 @@ class GATv2Conv(GATBase):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        check_message_passing(kwargs)
+        check_arguments(heads, kwargs)
         self._set(in_channels, out_channels, heads, concat, negative_slope)
         self.dropout, self.add_self_loops, self.edge_dim = dropout, add_self_loops, edge_dim
         self.fill_value, self.residual, self.share_weights = fill_value, residual, share_weights

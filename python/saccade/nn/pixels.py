@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..functional import attention
 from ..graph import Graph
 from ..maskbase import untraced
-from ..patterns import grid2d
+from ..patterns import check_radius, grid2d
 from ._asked import check_shape
 from .attention import MultiheadAttention
 
@@ -37,6 +37,8 @@ class PixelAttention(nn.Module):
         self, channels: int, num_heads: int, radius: Pair | None = None, *, dilation: int = 1, **options: Any
     ) -> None:
         super().__init__()
+        if radius is not None:
+            check_radius(radius)
         self.radius, self.dilation = radius, dilation
         self.attention = MultiheadAttention(channels, num_heads, batch_first=True, **options)
         self._graphs: dict[Any, Graph] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
-from ._conv import AttentionConv, Channels, attend, both, check_message_passing, edge_weights, index_of
+from ._conv import AttentionConv, Channels, attend, both, check_arguments, edge_weights, index_of
 from ._edges import Edges, edge_features, edge_logits, edges_of
 from ._linear import linear, weight_of
 
@@ -38,7 +38,7 @@ class TransformerConv(AttentionConv):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        check_message_passing(kwargs)
+        check_arguments(heads, kwargs)
         self.in_channels, self.out_channels, self.heads = in_channels, out_channels, heads
         self.beta, self.root_weight, self.concat = beta and root_weight, root_weight, concat
         self.dropout, self.edge_dim = dropout, edge_dim

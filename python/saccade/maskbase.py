@@ -42,6 +42,11 @@ class MaskArgs:
         return self.lengths is None and self.keep is None and self.q_ids is None and self.graph is None
 
     @property
+    def is_band_alone(self) -> bool:
+        """One band for all heads and nothing else."""
+        return self.is_band and self.head_bounds is None and not self.chunks
+
+    @property
     def is_graph_alone(self) -> bool:
         """A graph and nothing else: a pair is kept iff it is an edge."""
         parts = (self.head_bounds, self.lengths, self.keep, self.q_ids)
@@ -173,7 +178,7 @@ class Mask:
             return resolve(self, dims)
         last = getattr(self, "_resolved", None)
         if last is None or last[0] != dims:
-            with _plain():
+            with plainly():
                 last = (dims, resolve(self, dims))
             object.__setattr__(self, "_resolved", last)
         return last[1]
@@ -202,16 +207,23 @@ def _has_modes() -> bool:
 
 
 @contextlib.contextmanager
-def _plain() -> Iterator[None]:
+def plainly(*given: object) -> Iterator[None]:
     """For what is kept between calls: tensors made here are plain ones, whatever mode the caller is in. Fake
-    ones, those of a tracer and those of inference mode would serve no other caller.
+    ones, those of a tracer, of a transform of torch.func and of inference mode would serve no other caller.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        if not _has_modes():
-            yield
-        else:
-            with _disable_current_modes():
-                yield
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if _has_modes():
+            stack.enter_context(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None and not any(map(_is_wrapped, given)):
+            stack.enter_context(torch._C._DisableFuncTorch())
+        yield
+
+
+def _is_wrapped(x: object) -> bool:
+    """Whether a transform of torch.func holds the values."""
+    return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 _Given = ParamSpec("_Given")
@@ -229,9 +241,10 @@ def untraced(what: str) -> Callable[[Callable[_Given, _Built]], Callable[_Given,
 
         @functools.wraps(build)
         def plain(*args: _Given.args, **kwargs: _Given.kwargs) -> _Built:
-            if _has_modes() and any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values())):
+            given = (*args, *kwargs.values())
+            if _has_modes() and any(isinstance(x, FakeTensor) for x in given):
                 raise RuntimeError(f"saccade builds from real tensors, these are fake: {what}")
-            with _plain():
+            with plainly(*given):
                 return build(*args, **kwargs)
 
         @functools.wraps(build)

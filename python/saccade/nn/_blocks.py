@@ -62,11 +62,17 @@ def as_floats(key_padding_mask: Tensor | None, attn_mask: AnyMask, dtype: torch.
     return padding, F._canonical_mask(attn_mask, name, None, "", dtype, check_other=False)
 
 
-def split_mask(attn_mask: AnyMask, mask: Mask | None) -> tuple[Tensor | None, dict[str, Any]]:
-    """The tensor, and what else must hold as a keyword, if anything: overridden blocks may not know it."""
+def split_mask(
+    attn_mask: AnyMask, mask: Mask | None, is_causal: bool
+) -> tuple[Tensor | None, bool, dict[str, Any]]:
+    """The tensor, torch's hint where it goes with one, and what else must hold as a keyword, if anything:
+    overridden blocks may not know it.
+    """
     if isinstance(attn_mask, Mask):
         attn_mask, mask = None, join(attn_mask, mask)
-    return attn_mask, {} if mask is None else {"mask": mask}
+        if is_causal:
+            is_causal, mask = False, join(_HINT, mask)
+    return attn_mask, is_causal, {} if mask is None else {"mask": mask}
 
 
 def attend(

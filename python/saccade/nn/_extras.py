@@ -103,6 +103,12 @@ def get_window(module: Any) -> Band | None:
     )
 
 
+def refuse_extra_key(name: str, *modules: Any) -> None:
+    """For what runs a module in pieces: add_bias_kv and add_zero_attn put keys beside those of the input."""
+    if any(module.bias_k is not None or module.add_zero_attn for module in modules):
+        raise ValueError(f"{name}: add_bias_kv and add_zero_attn do not run in pieces")
+
+
 def set_activation(module: Any, activation: Any) -> None:
     if not isinstance(activation, str):
         raise TypeError(f"activation: expected a string, got {type(activation).__name__}")

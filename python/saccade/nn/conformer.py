@@ -24,12 +24,15 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         if valid is None:
             return super().forward(x.flatten(0, -2)).view_as(x)
+        if valid.shape != x.shape[:-1]:
+            raise ValueError(f"valid: expected shape {list(x.shape[:-1])}, got {list(valid.shape)}")
         hidden = ~valid[..., None]
         if not self.training and self.track_running_stats:
-            return super().forward(x.flatten(0, -2)).view_as(x).masked_fill(hidden, 0.0)
+            rows = x.masked_fill(hidden, 0.0)  # NaN there would reach the gradient of the weight
+            return super().forward(rows.flatten(0, -2)).view_as(x).masked_fill(hidden, 0.0)
         rows = x.masked_fill(hidden, 0.0).to(torch.promote_types(x.dtype, torch.float32))
         total = valid.sum()
-        count = total.clamp(min=1)
+        count = total.clamp(min=1).to(rows.dtype)
         mean = rows.sum((0, 1)) / count
         centred = (rows - mean).masked_fill(hidden, 0.0)
         var = centred.square().sum((0, 1)) / count
@@ -48,7 +51,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         self.num_batches_tracked.add_(seen)
         share: Any = self.momentum
         if share is None:  # the mean over all batches
-            share = 1.0 / self.num_batches_tracked.clamp(min=1)
+            share = 1.0 / self.num_batches_tracked.clamp(min=1).to(mean.dtype)
         for held, new in ((self.running_mean, mean), (self.running_var, var)):
             held.copy_(torch.where(seen, held + share * (new - held), held))
 

@@ -31,6 +31,14 @@ class KVCache:
         self._v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
+        for name, new, held in (("k", k, self._k), ("v", v, self._v)):
+            like = k.shape[:3] if held is None else (*held.shape[:2], k.shape[2])
+            if (
+                new.dim() != 4
+                or new.shape[:3] != like
+                or (held is not None and new.shape[3] != held.shape[3])
+            ):
+                raise ValueError(f"{name}: expected {[*like]} rows, got {list(new.shape)}")
         end = self.length + k.shape[2]
         while self.capacity < end:
             self.capacity *= 2
@@ -124,8 +132,9 @@ class DecoderState:
         Result alike.
         """
         _check_eval(self.decoder)
-        if x.dim() != 3 or x.shape[0 if self.first else 1] != self.rows:
-            raise ValueError(f"x: expected {self.rows} rows, got {list(x.shape)}")
+        width = self.layers[0].self_attn.embed_dim
+        if x.dim() != 3 or x.shape[0 if self.first else 1] != self.rows or x.shape[2] != width:
+            raise ValueError(f"x: expected {self.rows} rows of {width} features, got {list(x.shape)}")
         x = x if self.first else x.transpose(0, 1)
         self._extend_table(x.shape[1])
         for layer, cache, memory in zip(self.layers, self._caches, self._memory, strict=True):
@@ -206,5 +215,13 @@ def _checked_layers(decoder: Any) -> list[Any]:
         attentions = (getattr(layer, "self_attn", None), getattr(layer, "multihead_attn", None))
         if not blocks or any(type(x) is not MultiheadAttention for x in attentions):
             raise TypeError("decoder: expected saccade.nn.TransformerDecoderLayer; see saccade.accelerate")
+        own_attention: Any = layer.self_attn
+        memory_attention: Any = layer.multihead_attn
+        _extras.refuse_extra_key("decoder", own_attention, memory_attention)
+        if memory_attention._has_extras and (
+            memory_attention.window is not None
+            or getattr(memory_attention, "position_term", None) is not None
+        ):
+            raise ValueError("decoder: windows and positions of multihead_attn count rows that step has not")
     _check_eval(decoder)
     return list(decoder.layers)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..functional import attention
 from ..graph import Graph
 from ..scores import Additive, GATv2
+from ._asked import int_at_least, probability
 from ._edges import Edges, edge_features, edge_logits, edges_of
 
 _SCORES = ("dot", "additive", "gatv2")
@@ -73,6 +74,9 @@ class GraphMultiheadAttention(nn.Module):
                 "num_heads: expected at least 1, a multiple of num_kv_heads, "
                 f"got {num_heads} and {num_kv_heads}"
             )
+        if head_dim is not None:
+            int_at_least("head_dim", head_dim, 1)
+        probability("dropout", dropout)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"num_heads: expected to divide embed_dim {embed_dim}, got {num_heads}")
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from ..functional import attention
 from ..masks import KeyPadding
 from . import _extras
+from ._asked import int_at_least
 from ._masks import join
 from ._projections import project_memory, project_query
+from .attention import MultiheadAttention
+
+_ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask",
+              "average_attn_weights", "is_causal")  # fmt: skip
 
 
 def diagonal_penalty(
@@ -56,7 +61,8 @@ def diagonal_penalty(
     if key_lengths is not None:
         mask = join(mask, KeyPadding(key_lengths.to(k.device)))
     # Half precision would round the features, and 1 - sum cancels.
-    expected = attention(q.to(wide), k.to(wide), values, mask, **options)  # [B, H, Sq, 2 (K + 1)]
+    with torch.autocast(q.device.type, enabled=False):
+        expected = attention(q.to(wide), k.to(wide), values, mask, **options)  # [B, H, Sq, 2 (K + 1)]
     queries = _places(q.shape[2], q.shape[0], query_lengths, "query_lengths", q)
     angle = queries[..., None] * frequency
     own = torch.cat([angle.cos() * weight, angle.sin() * weight], -1).to(wide)
@@ -112,24 +118,38 @@ class GuidedAttentionLoss:
         heads: of these heads only; default all. A guided head leaves the others free.
 
     `watch` keeps the inputs of the modules' calls, O(N); the call computes their queries and keys again and
-    goes through `diagonal_penalty`. Gradients reach the queries' and keys' projections and inputs.
+    goes through `diagonal_penalty`. Gradients reach the queries' and keys' projections and inputs. A bool
+    key_padding_mask holds here too; other masks of a watched call are refused.
     """
 
     def __init__(self, sigma: float = 0.4, heads: Iterable[int] | None = None) -> None:
+        if isinstance(sigma, bool) or not isinstance(sigma, int | float):
+            raise TypeError(f"sigma: expected a number, got {type(sigma).__name__}")
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma: expected a positive number, got {sigma}")
         self.sigma = sigma
-        self.heads = None if heads is None else list(heads)
-        self._seen: list[tuple[Any, Tensor, Tensor]] = []
+        self.heads = None if heads is None else [int_at_least("heads", h, 0) for h in heads]
+        if self.heads == []:
+            raise ValueError("heads: expected at least one, or None for all")
+        self._seen: list[tuple[Any, Tensor, Tensor, Tensor | None]] = []
 
     @contextmanager
     def watch(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Sees the calls of `saccade.nn.MultiheadAttention` modules."""
         self._seen.clear()
+        modules = [self._checked(module) for module in modules]
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            query, key = (
-                args[n] if len(args) > n else kwargs[name] for n, name in ((0, "query"), (1, "key"))
-            )
-            self._seen.append((module, query, key))
+            given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+            query, key, padding = given["query"], given["key"], given.get("key_padding_mask")
+            for name in ("attn_mask", "is_causal", "mask"):
+                if given.get(name) is not None and given[name] is not False:
+                    raise ValueError(f"{name}: the guided attention loss takes calls with padding only")
+            if padding is not None and padding.dtype != torch.bool:
+                raise ValueError(f"key_padding_mask: the guided loss needs a bool one, got {padding.dtype}")
+            if query.dim() != 3 or query.is_nested:
+                raise ValueError("query: the guided attention loss needs a batch [N, L, E] or [L, N, E]")
+            self._seen.append((module, query, key, padding))
 
         hooks = [m.register_forward_pre_hook(see, with_kwargs=True) for m in modules]
         try:
@@ -137,6 +157,15 @@ class GuidedAttentionLoss:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _checked(self, module: Any) -> nn.Module:
+        if not isinstance(module, MultiheadAttention):
+            raise TypeError(f"modules: expected saccade.nn.MultiheadAttention, got {type(module).__name__}")
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError("modules: add_bias_kv and add_zero_attn have keys without a place")
+        if self.heads is not None and max(self.heads) >= module.num_heads:
+            raise ValueError(f"heads: expected 0 to {module.num_heads - 1}, got {max(self.heads)}")
+        return module
 
     def __call__(self, query_lengths: Tensor | None = None, key_lengths: Tensor | None = None) -> Tensor:
         """The loss, a scalar, over the calls that were seen; lengths [N] of the queries and of the keys."""
@@ -151,6 +180,7 @@ class GuidedAttentionLoss:
         module: Any,
         query: Tensor,
         key: Tensor,
+        padding: Tensor | None,
         query_lengths: Tensor | None,
         key_lengths: Tensor | None,
     ) -> Tensor:
@@ -158,7 +188,9 @@ class GuidedAttentionLoss:
             query, key = query.transpose(0, 1), key.transpose(0, 1)
         q, k = project_query(module, query).transpose(1, 2), project_memory(module, key)[0].transpose(1, 2)
         terms = _extras.terms(module, q.shape[2], k.shape[2])
-        window = _extras.get_window(module)
+        window: Any = _extras.get_window(module)
+        if padding is not None:
+            window = join(window, KeyPadding(keep=~padding))
         rows = diagonal_penalty(
             q, k, query_lengths, key_lengths, sigma=self.sigma, mask=window, **terms
         )  # [B, H, Sq]

@@ -41,7 +41,9 @@ def uniform_copy(source: Tensor, source_lengths: Tensor, lengths: Tensor) -> Ten
     check_shape("source", source, "[N, S, E]", (3,))
     longest = int(lengths.max()) if lengths.numel() else 0
     place = torch.arange(longest, device=source.device)
-    at = torch.round(place * (source_lengths / lengths.clamp(min=1))[:, None]).long()
+    steps, parts = place * source_lengths[:, None], lengths.clamp(min=1)[:, None]
+    at, rest = torch.div(steps, parts, rounding_mode="floor"), 2 * (steps % parts)
+    at = at + ((rest > parts) | ((rest == parts) & (at % 2 == 1)))  # halves to even
     at = torch.minimum(at, (source_lengths - 1).clamp(min=0)[:, None])
     rows = source.gather(1, at[..., None].expand(-1, -1, source.shape[2]))
     return rows.masked_fill((place >= lengths[:, None])[..., None], 0.0)

@@ -12,11 +12,12 @@ from ..functional import attention
 from ..graph import Graph
 from ..maskbase import untraced
 from ..patterns import check_radius, grid2d
-from ._asked import check_shape
+from ._asked import check_shape, int_at_least
 from .attention import MultiheadAttention
 
 Pair = int | tuple[int, int]
 _KEPT = 8  # neighbourhoods of as many image sizes
+_FP32_PLACES = 4096  # above, the squares of places from the middle, and alpha times them, want fp64
 
 
 class PixelAttention(nn.Module):
@@ -39,6 +40,8 @@ class PixelAttention(nn.Module):
         super().__init__()
         if radius is not None:
             check_radius(radius)
+        if int_at_least("dilation", dilation, 1) > 1 and radius is None:
+            raise ValueError(f"dilation: needs a radius, got {dilation} without one")
         self.radius, self.dilation = radius, dilation
         self.attention = MultiheadAttention(channels, num_heads, batch_first=True, **options)
         self._graphs: dict[Any, Graph] = {}
@@ -49,6 +52,7 @@ class PixelAttention(nn.Module):
         """
         if self.radius is None:
             return None
+        device = torch.get_default_device() if device is None else torch.device(device)
         key = (height, width, str(device))
         if key not in self._graphs:
             self._build(height, width, device)
@@ -154,13 +158,16 @@ class ConvolutionalAttention(nn.Module):
             raise ValueError(f"images: expected at least the kernel's size, got {(height, width)}")
         # Places far apart have large squares: they keep the digits of fp32 whatever the images' dtype.
         dtype = torch.promote_types(images.dtype, torch.float32)
+        if max(tall, wide) > _FP32_PLACES:
+            dtype = torch.float64
         q, k = self._features((rows, columns), (tall, wide), images.device, dtype)
         v = x.flatten(2).transpose(1, 2)[:, None].to(dtype)  # [N, 1, tall wide, in], for all heads
-        out = attention(
-            q.expand(v.shape[0], -1, -1, -1), k.expand(v.shape[0], -1, -1, -1), v, scale=1.0
-        )  # [N, kh kw, rows columns, in]
         kernel = self.weight.flatten(2).permute(2, 1, 0).flatten(0, 1).to(dtype)  # [kh kw in, out]
-        out = out.transpose(1, 2).flatten(2) @ kernel
+        with torch.autocast(images.device.type, enabled=False):
+            out = attention(
+                q.expand(v.shape[0], -1, -1, -1), k.expand(v.shape[0], -1, -1, -1), v, scale=1.0
+            )  # [N, kh kw, rows columns, in]
+            out = out.transpose(1, 2).flatten(2) @ kernel
         out = out if self.bias is None else out + self.bias.to(dtype)
         return out.transpose(1, 2).unflatten(2, (rows, columns)).to(images.dtype)
 

@@ -100,12 +100,13 @@ class AdditiveMarginSoftmax(nn.Module):
             raise ValueError(f"target: expected ints [{x.shape[0]}], got {target.dtype} {list(target.shape)}")
         if self.chunk is not None:
             return self._chunked(x, target)
-        margin = torch.zeros_like(target[:, None], dtype=x.dtype).fill_(-self.scale * self.margin)
-        return F.cross_entropy(self.logits(x).scatter_add(1, target[:, None], margin), target)
+        logits = self.logits(x)
+        margin = torch.zeros_like(target[:, None], dtype=logits.dtype).fill_(-self.scale * self.margin)
+        return F.cross_entropy(logits.scatter_add(1, target[:, None], margin), target)
 
     def _chunked(self, x: Tensor, target: Tensor) -> Tensor:
         unit, weight = F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)
-        own = self.scale * ((unit * weight[target]).sum(-1) - self.margin)
+        own = self.scale * ((unit * weight.index_select(0, target)).sum(-1) - self.margin)
         parts = []
         assert self.chunk is not None
         for first in range(0, self.num_classes, self.chunk):
@@ -124,5 +125,5 @@ def _log_sum_others(unit: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """log of the sum of exp(unit . weight_j) over all j but the target, [N]."""
     hidden = torch.arange(weight.shape[0], device=weight.device) == target[:, None]
     # A row whose only class is its own adds nothing; -inf would make its gradient NaN.
-    lowest = torch.finfo(unit.dtype).min
-    return (unit @ weight.t()).masked_fill(hidden, lowest).logsumexp(-1)
+    logits = unit @ weight.t()
+    return logits.masked_fill(hidden, torch.finfo(logits.dtype).min).logsumexp(-1)

@@ -149,7 +149,7 @@ class LearnedPosition(_Added):
             max_len, self.d_model, self.dropout.p, batch_first=self.batch_first,
             device=self.weight.device, dtype=self.weight.dtype,
         )  # fmt: skip
-        rows = self.weight.t()[None].float()
+        rows = self.weight.t()[None].to(torch.promote_types(self.weight.dtype, torch.float32))
         made.weight.copy_(F.interpolate(rows, size=max_len, mode="linear", align_corners=True)[0].t())
         return made.train(self.training)
 

@@ -55,6 +55,7 @@ class EncoderStream:
         for layer in layers:
             self._parts += _parts(layer, chunks)
         self._last: Piece | None = None
+        self._ended = False
 
     def push(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """The next frames `x` [N, T, E]; the frames [N, T', E] that are ready, T' from 0 on.
@@ -64,22 +65,31 @@ class EncoderStream:
         """
         if x.dim() != 3:
             raise ValueError(f"x: expected shape [N, T, E], got {list(x.shape)}")
+        if self._ended:
+            raise ValueError("push: the stream is at its end; begin another")
+        before = None if self._last is None else self._last[0]
+        if before is not None and (x.shape[0], x.shape[2]) != (before.shape[0], before.shape[2]):
+            raise ValueError(f"x: expected [{before.shape[0]}, T, {before.shape[2]}], got {list(x.shape)}")
         if valid is None:
             valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        else:
+        elif valid.dtype == torch.bool and valid.shape == x.shape[:2]:
             for part in self._parts:
                 part.padded = True
         if valid.dtype != torch.bool or valid.shape != x.shape[:2]:
             raise ValueError(
                 f"valid: expected bool {list(x.shape[:2])}, got {valid.dtype} {list(valid.shape)}"
             )
+        out = self._through((x, valid), False)
         self._last = (x, valid)
-        return self._through(self._last, False)
+        return out
 
     def finish(self) -> Tensor:
         """The frames that still waited [N, T', E]; after this the stream is at its end."""
         if self._last is None:
             raise ValueError("finish: nothing was pushed")
+        if self._ended:
+            raise ValueError("finish: the stream is at its end")
+        self._ended = True
         x, valid = self._last
         return self._through((x[:, :0], valid[:, :0]), True)
 
@@ -128,6 +138,7 @@ class _Attention:
     padded = False
 
     def __init__(self, module: Any, chunks: Chunks | None, before: Any, after: Any) -> None:
+        _extras.refuse_extra_key("encoder", module)
         self.module, self.chunks, self.before, self.after = module, chunks, before, after
         window = _extras.get_window(module)
         self.left = None if window is None or window.left is None else _most(window.left)

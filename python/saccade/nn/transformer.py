@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..maskbase import plainly
 from ..masks import Causal
 from . import _extras, _nested
 from ._blocks import AnyMask, Rows, as_floats, check_dtypes, check_extras
 from ._causal import is_causal_mask
+from ._held import Held
 from .attention import MultiheadAttention
 from .transformer_layers import (
     Activation,
@@ -102,7 +105,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         is_causal = _detect(mask, is_causal, src, first)
         if self.packed and padding is not None and padding.dtype == torch.bool and not src.is_nested:
             if self._can_pack(src, mask, padding, is_causal):
-                return self._run_packed(src, padding, first, is_causal, None)
+                return self._run_packed(src, padding, first, mask is not None, None)
             out = self._run(src, mask, padding, is_causal)
             hidden = padding if src.dim() == 2 or first else padding.t()
             return out.masked_fill(hidden[..., None], 0.0)
@@ -130,7 +133,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         attentions: list[Any] = [layer.self_attn for layer in self.layers]
         if any(type(x) is not MultiheadAttention for x in attentions):
             return False
-        if mask is not None and not (is_causal and isinstance(mask, Tensor) and is_causal_mask(mask)):
+        if mask is not None and not _says_causal(mask, is_causal):
             return False  # it speaks of places in the padded sequence
         if torch._C._functorch.peek_interpreter_stack() is not None or (mask is None and is_causal):
             return False
@@ -156,27 +159,60 @@ class TransformerEncoder(nn.TransformerEncoder):
         self, src: Tensor, padding: Tensor, first: bool, is_causal: bool, hidden: Tensor | None
     ) -> Tensor:
         """The layers on valid rows alone. `hidden` [E]: what stands at padded ones, else zeros."""
-        keep = ~padding
         x = src if first else src.transpose(0, 1)
-        lengths = keep.sum(1)
-        ends = F.pad(lengths.cumsum(0), (1, 0))
-        at = keep.flatten().nonzero().squeeze(1)
+        ends, at, longest = _valid_rows(padding)
         values = x.flatten(0, 1).index_select(0, at)
-        longest = int(lengths.max()) if len(lengths) else 0
         rows = torch.nested.nested_tensor_from_jagged(values, ends, max_seqlen=longest)
-        values = _nested.pack(self._run(rows, Causal() if is_causal else None, None, False)).values
-        hidden = values.new_zeros(values.shape[-1]) if hidden is None else hidden
-        out = hidden.expand(x.shape[0] * x.shape[1], -1).index_copy(0, at, values)
-        out = out.view(*x.shape[:2], -1)
-        return out if first else out.transpose(0, 1)
+        out = self._run(rows, Causal() if is_causal else None, None, False)
+        return _in_place(out, padding, first, hidden)
 
     def extra_repr(self) -> str:
         return "packed=True" if self.packed else ""
 
 
+# By padding: the version of its values and what `_valid_rows` found. A jagged tensor knows its sizes by the
+# identity of its offsets: what computes a call again, such as a checkpoint, must find the same ones.
+_found = WeakTensorKeyDictionary()
+
+
+def _valid_rows(padding: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Where each sequence's valid rows begin when only those are kept [N + 1], which they are among all, and
+    the longest.
+    """
+    keeps = not padding.is_inference()
+    version, found = _found.get(padding, (-1, None)) if keeps else (-1, None)
+    if found is None or version != padding._version:
+        with plainly(padding):
+            keep = ~padding
+            lengths = keep.sum(1)
+            longest = int(lengths.max()) if len(lengths) else 0
+            found = F.pad(lengths.cumsum(0), (1, 0)), keep.flatten().nonzero().squeeze(1), longest
+        if keeps:
+            _found[padding] = (padding._version, found)
+    return found
+
+
+def _in_place(rows: Tensor, padding: Tensor, first: bool, hidden: Tensor | None = None) -> Tensor:
+    """The nested valid rows at their places in the padded batch, elsewhere `hidden` [E], or zeros."""
+    values = _nested.pack(rows).values
+    hidden = values.new_zeros(values.shape[-1]) if hidden is None else hidden
+    out = hidden.expand(padding.numel(), -1).index_copy(0, _valid_rows(padding)[1], values)
+    out = out.view(*padding.shape, -1)
+    return out if first else out.transpose(0, 1)
+
+
+def _says_causal(mask: AnyMask, is_causal: bool) -> bool:
+    """Whether a mask is the causal one and no other."""
+    if isinstance(mask, Tensor):
+        return is_causal and is_causal_mask(mask)
+    args, causal = None if mask is None else mask.static, Causal().static
+    return args is not None and causal is not None and args.is_band_alone and args.band == causal.band
+
+
 def layer_outputs(encoder: nn.TransformerEncoder, src: Tensor, **masks: Any) -> list[Tensor]:
     """What `encoder(src, **masks)` computes, and before it what each of its layers puts out, the first first:
     memories for a decoder that reads several encoder layers (2005.08081). `encoder.norm` is in the last one.
+    Rows of padding that the encoder left out are zeros.
     """
     found: list[Tensor] = []
     hooks = [
@@ -187,6 +223,11 @@ def layer_outputs(encoder: nn.TransformerEncoder, src: Tensor, **masks: Any) -> 
     finally:
         for hook in hooks:
             hook.remove()
+    padding = masks.get("src_key_padding_mask")
+    if not src.is_nested and padding is not None:
+        first_layer: Any = encoder.layers[0]
+        first = first_layer.self_attn.batch_first
+        found = [_in_place(x, padding, first) if x.is_nested else x for x in found]
     return [*found[:-1], last]
 
 
@@ -306,3 +347,10 @@ class Transformer(nn.Transformer):
         super().__init__(
             d_model, nhead, custom_encoder=encoder, custom_decoder=decoder, batch_first=batch_first
         )
+
+    def _reset_parameters(self) -> None:
+        """torch's initial values, but for what the caller gave with a position or a score."""
+        given = {id(p) for held in self.modules() if isinstance(held, Held) for p in held.parameters()}
+        for p in self.parameters():
+            if p.dim() > 1 and id(p) not in given:
+                nn.init.xavier_uniform_(p)

@@ -65,7 +65,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         Shapes: src (S, N, E), or (N, S, E) with batch_first, or (S, E), or nested (N, ragged, E) of either
         layout; src_mask (S, S) or (N * nhead, S, S); src_key_padding_mask (N, S) or (S,). Output like src.
         """
-        attn_mask, also = split_mask(src_mask, mask)
+        attn_mask, is_causal, also = split_mask(src_mask, mask, is_causal)
         check_dtypes(src_key_padding_mask=src_key_padding_mask, src_mask=attn_mask)
         padding = src_key_padding_mask
         if not has_own_block(self):
@@ -157,8 +157,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         (T, T), memory_mask (T, S), each also with N * nhead before; padding (N, T) and (N, S). Output like
         tgt.
         """
-        attn_mask, also = split_mask(tgt_mask, mask)
-        cross_mask, cross_also = split_mask(memory_mask, None)
+        attn_mask, tgt_is_causal, also = split_mask(tgt_mask, mask, tgt_is_causal)
+        cross_mask, memory_is_causal, cross_also = split_mask(memory_mask, None, memory_is_causal)
         rows = Rows(tgt)
 
         def attended(x: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class VisionTransformer(nn.Module):
         if grid == self.grid:
             return self.position
         own = self.position[:, 1:].transpose(1, 2).unflatten(2, self.grid)
-        wide = F.interpolate(own.float(), size=grid, mode="bicubic", align_corners=False).to(own.dtype)
+        wide = own.to(torch.promote_types(own.dtype, torch.float32))
+        wide = F.interpolate(wide, size=grid, mode="bicubic", align_corners=False).to(own.dtype)
         return torch.cat([self.position[:, :1], wide.flatten(2).transpose(1, 2)], 1)
 
     def features(self, images: Tensor) -> Tensor:

@@ -203,8 +203,15 @@ def test_windows_over_the_memory_are_refused_in_steps() -> None:
 def test_guided_losses_see_padding_and_refuse_other_masks() -> None:
     module, x = S.MultiheadAttention(16, 2, batch_first=True), torch.randn(2, 5, 16)
     guide = S.GuidedAttentionLoss()
+    hidden = torch.zeros(2, 5).masked_fill(PADDING, -torch.inf)
     with guide.watch([module]):
         module(x, x, x, key_padding_mask=PADDING)
+        module(x, x, x, hidden)
+    with guide.watch([module]), pytest.raises(ValueError, match="knows 0 and -inf only"):
+        module(x, x, x, hidden.clamp(min=-1.0))
+    with guide.watch([module]):
+        module(x, x, x, key_padding_mask=PADDING)
+        module(x, x, x, hidden)
     _, weights = module(x, x, x, key_padding_mask=PADDING)
     place = torch.arange(5) / 5
     penalty = 1 - torch.exp(-((place[:, None] - place) ** 2) / (2 * 0.4**2))

@@ -118,8 +118,8 @@ class GuidedAttentionLoss:
         heads: of these heads only; default all. A guided head leaves the others free.
 
     `watch` keeps the inputs of the modules' calls, O(N); the call computes their queries and keys again and
-    goes through `diagonal_penalty`. Gradients reach the queries' and keys' projections and inputs. A bool
-    key_padding_mask holds here too; other masks of a watched call are refused.
+    goes through `diagonal_penalty`. Gradients reach the queries' and keys' projections and inputs. A
+    key_padding_mask of a watched call holds here too; its other masks are refused.
     """
 
     def __init__(self, sigma: float = 0.4, heads: Iterable[int] | None = None) -> None:
@@ -145,8 +145,10 @@ class GuidedAttentionLoss:
             for name in ("attn_mask", "is_causal", "mask"):
                 if given.get(name) is not None and given[name] is not False:
                     raise ValueError(f"{name}: the guided attention loss takes calls with padding only")
-            if padding is not None and padding.dtype != torch.bool:
-                raise ValueError(f"key_padding_mask: the guided loss needs a bool one, got {padding.dtype}")
+            if padding is not None and padding.is_floating_point():  # torch's layers make it so
+                if padding.device.type == "cpu" and bool(((padding != 0) & (padding != -torch.inf)).any()):
+                    raise ValueError("key_padding_mask: the guided attention loss knows 0 and -inf only")
+                padding = padding != 0
             if query.dim() != 3 or query.is_nested:
                 raise ValueError("query: the guided attention loss needs a batch [N, L, E] or [L, N, E]")
             self._seen.append((module, query, key, padding))

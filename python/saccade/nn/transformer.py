@@ -164,7 +164,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         values = x.flatten(0, 1).index_select(0, at)
         rows = torch.nested.nested_tensor_from_jagged(values, ends, max_seqlen=longest)
         out = self._run(rows, Causal() if is_causal else None, None, False)
-        return _in_place(out, padding, first, hidden)
+        return _in_place(out, at, padding, first, hidden)
 
     def extra_repr(self) -> str:
         return "packed=True" if self.packed else ""
@@ -172,7 +172,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
 # By padding: the version of its values and what `_valid_rows` found. A jagged tensor knows its sizes by the
 # identity of its offsets: what computes a call again, such as a checkpoint, must find the same ones.
-_found = WeakTensorKeyDictionary()
+_known = WeakTensorKeyDictionary()
 
 
 def _valid_rows(padding: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -180,7 +180,7 @@ def _valid_rows(padding: Tensor) -> tuple[Tensor, Tensor, int]:
     the longest.
     """
     keeps = not padding.is_inference()
-    version, found = _found.get(padding, (-1, None)) if keeps else (-1, None)
+    version, found = _known.get(padding, (-1, None)) if keeps else (-1, None)
     if found is None or version != padding._version:
         with plainly(padding):
             keep = ~padding
@@ -188,15 +188,15 @@ def _valid_rows(padding: Tensor) -> tuple[Tensor, Tensor, int]:
             longest = int(lengths.max()) if len(lengths) else 0
             found = F.pad(lengths.cumsum(0), (1, 0)), keep.flatten().nonzero().squeeze(1), longest
         if keeps:
-            _found[padding] = (padding._version, found)
+            _known[padding] = (padding._version, found)
     return found
 
 
-def _in_place(rows: Tensor, padding: Tensor, first: bool, hidden: Tensor | None = None) -> Tensor:
-    """The nested valid rows at their places in the padded batch, elsewhere `hidden` [E], or zeros."""
+def _in_place(rows: Tensor, at: Tensor, padding: Tensor, first: bool, hidden: Tensor | None = None) -> Tensor:
+    """The nested valid rows at their places `at` in the padded batch, elsewhere `hidden` [E], or zeros."""
     values = _nested.pack(rows).values
     hidden = values.new_zeros(values.shape[-1]) if hidden is None else hidden
-    out = hidden.expand(padding.numel(), -1).index_copy(0, _valid_rows(padding)[1], values)
+    out = hidden.expand(padding.numel(), -1).index_copy(0, at, values)
     out = out.view(*padding.shape, -1)
     return out if first else out.transpose(0, 1)
 
@@ -224,10 +224,10 @@ def layer_outputs(encoder: nn.TransformerEncoder, src: Tensor, **masks: Any) -> 
         for hook in hooks:
             hook.remove()
     padding = masks.get("src_key_padding_mask")
-    if not src.is_nested and padding is not None:
+    if not src.is_nested and padding is not None and any(x.is_nested for x in found):
         first_layer: Any = encoder.layers[0]
-        first = first_layer.self_attn.batch_first
-        found = [_in_place(x, padding, first) if x.is_nested else x for x in found]
+        first, at = first_layer.self_attn.batch_first, _valid_rows(padding)[1]
+        found = [_in_place(x, at, padding, first) if x.is_nested else x for x in found]
     return [*found[:-1], last]
 
 

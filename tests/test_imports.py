@@ -15,7 +15,7 @@ PACKAGE = ROOT / "python/saccade"
 
 # From the bottom up: a module imports from its own layer and those before it. A package stands as a whole.
 LAYERS = [
-    {"_C", "kernels"},
+    {"_C", "kernels", "checks"},
     {
         "maskbase",
         "masks",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import int_at_least
 from .maskbase import NO_MASK, UNBOUNDED, Dims, Index, Mask, MaskArgs, set_fields, values_are_known
 
 __all__ = [
@@ -327,11 +328,8 @@ class Chunks(Mask):
     align: str | None
 
     def __init__(self, size: int, left: int | None = None, *, align: str | None = None) -> None:
-        for name, value, least in (("size", size, 1), ("left", 0 if left is None else left, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        int_at_least("size", size, 1)
+        int_at_least("left", 0 if left is None else left, 0)
         if align not in (None, "end"):
             raise ValueError(f'align: expected None or "end", got {align!r}')
         # A chunk number times the size must stay within int64.

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .checks import int_at_least
 from .graph import MAKING, Graph
 from .maskbase import Mask, untraced
 from .masks import Window
@@ -140,17 +141,13 @@ def check_radius(radius: object) -> tuple[int, int]:
     pair = tuple(radius) if isinstance(radius, tuple | list) else (radius, radius)
     if len(pair) != 2:
         raise ValueError(f"radius: expected an int or (rows, columns), got {radius!r}")
-    for reach in pair:
-        _check_sizes(0, radius=reach)
-    return pair[0], pair[1]
+    down, across = (int_at_least("radius", reach, 0) for reach in pair)
+    return down, across
 
 
 def _check_sizes(least: int, **sizes: object) -> None:
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+        int_at_least(name, value, least)
 
 
 def _token(token: int, seqlen: int) -> int:

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import finite, int_at_least
+
 
 def _float_tensor(name: str, value: object, dims: tuple[int, ...]) -> Tensor:
     if not isinstance(value, Tensor):
@@ -23,11 +25,6 @@ def _float_tensor(name: str, value: object, dims: tuple[int, ...]) -> Tensor:
             f"{name}: expected a float tensor of {wanted} dimensions, got {value.dtype} {list(value.shape)}"
         )
     return value
-
-
-def _check_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
 def _check_heads(what: str, got: int, heads: int) -> None:
@@ -76,9 +73,7 @@ class ALiBi(DistanceBias):
     @staticmethod
     def default_slopes(heads: int, device: torch.device | str | None = None) -> Tensor:
         """The paper's geometric sequence, for any number of heads."""
-        _check_int("heads", heads)
-        if heads < 1:
-            raise ValueError(f"heads: expected at least 1, got {heads}")
+        int_at_least("heads", heads, 1)
         power = 2 ** math.floor(math.log2(heads))
         slopes = [2 ** (-8 * (n + 1) / power) for n in range(power)]
         slopes += [2 ** (-4 * (2 * n + 1) / power) for n in range(heads - power)]
@@ -103,8 +98,8 @@ class T5(DistanceBias):
         self.bidirectional = bool(bidirectional)
         self.num_buckets = table.shape[0] if num_buckets is None else num_buckets
         self.max_distance = max_distance
-        for name, value in (("num_buckets", self.num_buckets), ("max_distance", max_distance)):
-            _check_int(name, value)
+        int_at_least("num_buckets", self.num_buckets, 2)
+        int_at_least("max_distance", max_distance, 1)
         if self.num_buckets != table.shape[0]:
             raise ValueError(f"table: expected shape [{self.num_buckets}, H], got {list(table.shape)}")
         if self.num_buckets < (4 if bidirectional else 2) or self.num_buckets % (2 if bidirectional else 1):
@@ -269,12 +264,9 @@ class RoPE(Position):
         interleaved: bool = False,
         inv_freq: Tensor | None = None,
     ) -> None:
-        _check_int("dim", 2 if dim is None else dim)
-        if isinstance(base, bool) or not isinstance(base, int | float):
-            raise TypeError(f"base: expected a float, got {type(base).__name__}")
-        if not 0 < base < math.inf:
-            raise ValueError(f"base: expected a positive, finite number, got {base}")
-        if dim is not None and (dim < 2 or dim % 2):
+        if finite("base", base) <= 0:
+            raise ValueError(f"base: expected a positive number, got {base}")
+        if dim is not None and int_at_least("dim", dim, 2) % 2:
             raise ValueError(f"dim: expected an even number from 2, got {dim}")
         if inv_freq is not None:
             _float_tensor("inv_freq", inv_freq, (1,))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import position as positions
+from .checks import finite
 from .dropout import as_seed, check_probability
 from .graph import Graph
 from .masks import NO_MASK, Band, Causal, Dims, Mask, MaskArgs, Window
@@ -163,7 +163,7 @@ class Problem:
             args,
             code,
             act,
-            (head_dim**-0.5 if code == DOT else 1.0) if scale is None else _number("scale", scale),
+            (head_dim**-0.5 if code == DOT else 1.0) if scale is None else finite("scale", scale),
             0.0 if softcap is None else _positive("softcap", softcap),
             slope,
             dropout_p,
@@ -231,7 +231,7 @@ class Options(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(Options.__annotations__)
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def check_options(function: str, options: Any) -> None:
@@ -360,18 +360,9 @@ def _score(score: object) -> tuple[int, float]:
     )
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt | Real):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    number: Any = value
-    if not isinstance(value, torch.SymFloat | torch.SymInt) and not -_LARGEST <= number <= _LARGEST:
-        raise ValueError(f"{name}: expected a finite number that fp32 holds, got {value}")
-    return float(value)
-
-
 def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not _SMALLEST <= number:
+    number = finite(name, value)
+    if number < _SMALLEST:
         raise ValueError(f"{name}: expected a positive number that fp32 holds, or None, got {value}")
     return number
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from .checks import finite
 
 
 class Additive:
@@ -36,11 +37,7 @@ class GATv2:
         self, weight: Tensor, slope: float = 0.2, edge_attr: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self.weight, self.edge_attr = _checked(weight), _pair(edge_attr)
-        if isinstance(slope, bool) or not isinstance(slope, int | float):
-            raise TypeError(f"slope: expected a float, got {type(slope).__name__}")
-        if not abs(slope) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"slope: expected a finite number that fp32 holds, got {slope}")
-        self.slope = float(slope)
+        self.slope = finite("slope", slope)
 
     def __repr__(self) -> str:
         return f"GATv2({list(self.weight.shape)}, {self.slope})"

@@ -8,15 +8,6 @@ import torch
 from torch import Tensor
 
 
-def int_at_least(name: str, value: Any, least: int) -> int:
-    """`value`, if it is an int from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
-
-
 def check_shape(name: str, x: Any, shape: str, dims: tuple[int, ...], last: int | None = None) -> Tensor:
     """`x`, if it is a tensor of one of these numbers of dimensions, the last of size `last`."""
     if not isinstance(x, Tensor):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import int_at_least
 from ..dropout import as_seed, kept
 from ..functional import attention
 from ..graph import Graph
@@ -23,10 +24,7 @@ def check_arguments(heads: object, given: dict[str, Any]) -> None:
     """The number of heads, and what of MessagePassing's own arguments means attention as it is written
     here.
     """
-    if isinstance(heads, bool) or not isinstance(heads, int):
-        raise TypeError(f"heads: expected an int, got {type(heads).__name__}")
-    if heads < 1:
-        raise ValueError(f"heads: expected at least 1, got {heads}")
+    int_at_least("heads", heads, 1)
     for name, value in given.items():
         if name not in _MESSAGE_PASSING:
             raise TypeError(f"{name}: unexpected argument")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..graph import Graph
 from ..maskbase import untraced
+from ._kept import Kept
 
 CHUNK = 1 << 16  # edges whose logits are computed together
 
@@ -33,9 +33,7 @@ class Edges:
         return sources, targets
 
 
-# By edge_index: sizes and loops -> the version of its values and what was built. An entry lives as long as
-# its tensor; nothing in it keeps the tensor alive.
-_built = WeakTensorKeyDictionary()
+_built = Kept()  # by edge_index, sizes and loops
 
 
 def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Edges:
@@ -70,13 +68,7 @@ def _ready(edges: Edges, wanted: bool) -> Edges:
 
 @untraced("a graph from the values of edge_index: with fullgraph=True pass a saccade.Graph")
 def _kept_edges(edge_index: Tensor, sizes: tuple[int, int], loops: bool, traced: bool) -> Edges:
-    if edge_index.is_inference():  # its values may change without a trace
-        return _ready(_build(edge_index, sizes, loops), traced)
-    entry: dict[Any, tuple[int, Edges]] = _built.setdefault(edge_index, {})
-    version, found = entry.get((sizes, loops), (-1, None))
-    if found is None or version != edge_index._version:
-        found = _build(edge_index, sizes, loops)
-        entry[sizes, loops] = (edge_index._version, found)
+    found = _built.of(edge_index, (sizes, loops), lambda: _build(edge_index, sizes, loops))
     return _ready(found, traced)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import int_at_least
 from ..masks import Mask
-from ._asked import check_padding, check_shape, int_at_least
+from ._asked import check_padding, check_shape
 from .attention import MultiheadAttention
 from .positions import TransformerXLPosition
 

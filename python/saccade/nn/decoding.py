@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import int_at_least
 from ..functional import attention, attention_decode
 from ..masks import Causal, KeyPadding
 from ..position import RoPE
 from . import _extras
-from ._asked import check_padding, int_at_least
+from ._asked import check_padding
 from ._masks import join
 from ._projections import project, project_memory, project_out, project_query
 from .attention import MultiheadAttention

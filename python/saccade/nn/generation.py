@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._asked import int_at_least
+from ..checks import int_at_least
 
 # It gets the last token of every row, [rows, 1] int64, and gives the logits of the next, [rows, V].
 Step = Callable[[Tensor], Tensor]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import int_at_least
 from ..functional import attention
 from ..graph import Graph
 from ..scores import Additive, GATv2
-from ._asked import int_at_least, probability
+from ._asked import probability
 from ._edges import Edges, edge_features, edge_logits, edges_of
 
 _SCORES = ("dot", "additive", "gatv2")

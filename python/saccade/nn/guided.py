@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import int_at_least
 from ..functional import attention
 from ..masks import KeyPadding
 from . import _extras
-from ._asked import int_at_least
 from ._masks import join
 from ._projections import project_memory, project_query
 from .attention import MultiheadAttention

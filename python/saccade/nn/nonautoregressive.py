@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._asked import check_padding, check_shape, int_at_least
+from ..checks import int_at_least
+from ._asked import check_padding, check_shape
 
 
 class LengthPredictor(nn.Module):

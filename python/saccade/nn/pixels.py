@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import int_at_least
 from ..functional import attention
 from ..graph import Graph
 from ..maskbase import untraced
 from ..patterns import check_radius, grid2d
-from ._asked import check_shape, int_at_least
+from ._asked import check_shape
 from .attention import MultiheadAttention
 
 Pair = int | tuple[int, int]

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import int_at_least
 from ..functional import attention
 from ..masks import KeyPadding
-from ._asked import check_padding, check_shape, int_at_least
+from ._asked import check_padding, check_shape
 
 
 class SelfAttentionPooling(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import int_at_least
 from ..position import TransformerXL
-from ._asked import int_at_least
 
 Offset = int | Tensor
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..maskbase import plainly
 from ..masks import Causal
@@ -17,6 +16,7 @@ from . import _extras, _nested
 from ._blocks import AnyMask, Rows, as_floats, check_dtypes, check_extras
 from ._causal import is_causal_mask
 from ._held import Held
+from ._kept import Kept
 from .attention import MultiheadAttention
 from .transformer_layers import (
     Activation,
@@ -170,26 +170,24 @@ class TransformerEncoder(nn.TransformerEncoder):
         return "packed=True" if self.packed else ""
 
 
-# By padding: the version of its values and what `_valid_rows` found. A jagged tensor knows its sizes by the
-# identity of its offsets: what computes a call again, such as a checkpoint, must find the same ones.
-_known = WeakTensorKeyDictionary()
+# By padding. A jagged tensor knows its sizes by the identity of its offsets: what computes a call again, such
+# as a checkpoint, must find the same ones.
+_valid = Kept()
 
 
 def _valid_rows(padding: Tensor) -> tuple[Tensor, Tensor, int]:
     """Where each sequence's valid rows begin when only those are kept [N + 1], which they are among all, and
     the longest.
     """
-    keeps = not padding.is_inference()
-    version, found = _known.get(padding, (-1, None)) if keeps else (-1, None)
-    if found is None or version != padding._version:
+
+    def find() -> tuple[Tensor, Tensor, int]:
         with plainly(padding):
             keep = ~padding
             lengths = keep.sum(1)
             longest = int(lengths.max()) if len(lengths) else 0
-            found = F.pad(lengths.cumsum(0), (1, 0)), keep.flatten().nonzero().squeeze(1), longest
-        if keeps:
-            _known[padding] = (padding._version, found)
-    return found
+            return F.pad(lengths.cumsum(0), (1, 0)), keep.flatten().nonzero().squeeze(1), longest
+
+    return _valid.of(padding, None, find)
 
 
 def _in_place(rows: Tensor, at: Tensor, padding: Tensor, first: bool, hidden: Tensor | None = None) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._asked import check_shape, int_at_least
+from ..checks import int_at_least
+from ._asked import check_shape
 from .transformer import TransformerEncoder
 from .transformer_layers import TransformerEncoderLayer
 

@@ -49,23 +49,26 @@ lint: $(VENV)/built
 # be run by itself and is meant to end within ten minutes; pip fetches nothing that is there already.
 gpu: gpu-build gpu-check gpu-pairwise gpu-sanitize gpu-tune gpu-bench gpu-bench-graph gpu-test
 
+# What the doctor finds stops no stage: the checks come after it.
 gpu-build: gpu-machine
 	@missing=; for need in $(BUILD_TOOLS) pytest; do name=$${need%%[>=]*}; \
 	  $(PYTHON) -c "import $$name" 2>/dev/null || missing="$$missing $$need"; done; \
 	if [ -n "$$missing" ]; then echo "fetching:$$missing"; $(PYTHON) $(INSTALL) $$missing; fi
 	SACCADE_CUDA=1 SACCADE_REQUIRE_EXT=1 $(PYTHON) $(INSTALL) --no-build-isolation --no-deps -e .
-	$(PYTHON) -m saccade doctor
+	-$(PYTHON) -m saccade doctor
 
-# First every wrapper of the device layer, then what stands on it.
+# First every wrapper of the device layer, then what stands on it. Nearly every case compiles Triton kernels of
+# its own: processes share the GPU, but for those that fill its memory.
 gpu-check: gpu-build
 	@status=0; $(GPU_PYTEST) tests/test_gpu_wrappers.py || status=1; \
-	$(GPU_PYTEST) -k 'not pairwise' tests/test_gpu.py tests/test_gpu_runtime.py || status=1; exit $$status
+	$(GPU_PYTEST) $(call spread,8) -k 'not pairwise and not far' tests/test_gpu.py tests/test_gpu_runtime.py || status=1; \
+	$(GPU_PYTEST) -k far tests/test_gpu.py || status=1; exit $$status
 
-# Every case compiles Triton kernels of its own: processes share the GPU.
 gpu-pairwise: gpu-build
 	$(GPU_PYTEST) $(call spread,8) -k pairwise tests/test_gpu.py
 
-# racecheck knows neither the copy engine's barriers nor wgmma: only kernels without them are shown to it.
+# racecheck knows neither the copy engine's barriers nor wgmma: only kernels without them are shown to it, those
+# of the tests that are called general.
 gpu-sanitize: gpu-build
 	@command -v compute-sanitizer >/dev/null || { echo "gpu-sanitize: no compute-sanitizer"; exit 1; }
 	@status=0; $(call sanitize,memcheck) -k 'not pairwise and not far' tests/test_gpu.py || status=1; \

@@ -144,7 +144,8 @@ class Cuda:
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         if portable := [arch for arch in archs if arch.isdigit()]:
             # PTX of the oldest: later processors compile it when they load it.
-            codes.append(f"-gencode=arch=compute_{portable[0]},code=compute_{portable[0]}")
+            oldest = min(portable, key=int)
+            codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
         host = [f"-ccbin={CXX.split()[-1]}", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
         return [*"-std=c++17 -O3 -DNDEBUG -Icsrc -cudart=static".split(), *host, *codes]
 

@@ -44,12 +44,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Suite:
-    """`memory`: whether peak memory is measured without being asked for."""
+    """`memory`: whether peak memory is measured without being asked for. `gpu`: too large for a CPU."""
 
     about: str
     parts: tuple[Part, ...]
     budget: Budget
     memory: bool = False
+    gpu: bool = False
 
 
 SUITES: dict[str, Suite] = {}
@@ -82,5 +83,6 @@ register(
     "cpu",
     Suite("every length, dtype, mask and module (long)", (*_SWEEP, _MODULE, _ENCODER), Budget(1.5, 5), True),
 )
-register("gpu", Suite("tensors large enough for a GPU", (Part(AttentionWork, tiled),), Budget(0.4, 5)))
-register("gpu-graph", Suite("graphs large enough for one", (Part(GraphWork, large_graphs),), Budget(0.4, 5)))
+_TILED, _LARGE_GRAPHS = (Part(AttentionWork, tiled),), (Part(GraphWork, large_graphs),)
+register("gpu", Suite("tensors large enough for a GPU", _TILED, Budget(0.4, 5), gpu=True))
+register("gpu-graph", Suite("graphs large enough for one", _LARGE_GRAPHS, Budget(0.4, 5), gpu=True))

@@ -179,8 +179,8 @@ void cuda_archs(StableIValue* stack, uint64_t, uint64_t) {
   "Tensor? head_bounds, Tensor? lengths, Tensor? keep, Tensor? q_ids, Tensor? k_ids, Tensor? cu_seqlens_q, " \
   "Tensor? cu_seqlens_k, "                                                                                   \
   "Tensor? seqused_k, Tensor? page_table, Tensor? beam, Tensor? tile_ptr, Tensor? tile_col, Tensor? "        \
-  "tile_bits, int[] band, "                                                                                  \
-  "int[] chunks, int max_seqlen_q, int max_seqlen_k"
+  "tile_bits, SymInt[] band, "                                                                               \
+  "SymInt[]? chunks, SymInt max_seqlen_q, SymInt max_seqlen_k"
 #define SACCADE_CALL_ARGS                                                                                \
   "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? rel_bias, Tensor? weight, Tensor? sink, Tensor? " \
   "extra_k, Tensor? extra_v, "                                                                           \

@@ -97,7 +97,7 @@ struct Call {
     tile_col = s.next<OptionalTensor>();
     tile_bits = s.next<OptionalTensor>();
     band = s.next<std::vector<int64_t>>();
-    chunks = s.next<std::vector<int64_t>>();
+    chunks = s.next<std::optional<std::vector<int64_t>>>().value_or(std::vector<int64_t>());
     max_seqlen_q = s.next<int64_t>();
     max_seqlen_k = s.next<int64_t>();
   }

@@ -266,7 +266,7 @@ def tiled_backward_q(
                 BLOCK_DV, WEIGHT, True, False,
             )  # fmt: skip
     else:
-        k_low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, N)
+        k_low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, terms.bias, N)
         if ONE:
             full_first, full_last = first, first
         if S.bounded_left and not ONE:

@@ -16,7 +16,7 @@ from .arguments import RUNTIME
 from .backward import load_statistics, tile_gradient
 from .call import Call, blocks_of, cdiv
 from .mask import block_intervals
-from .tile import Packed, load_rows, relative_rows, rows_at, sequence, unit_of
+from .tile import load_rows, relative_rows, rows_at, sequence, unit_of
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def _launch(
     dout, stats = state
     kernel[(grid,)](
         call.rows(call.q), call.rows(call.k), call.rows(call.v), dout, grad, stats, call.terms(),
-        call.mask(), Packed(call.cu_q, call.cu_k), call.tile_lists(False), *call.lengths_and_band(count),
+        call.mask(), call.packed(), call.tile_lists(False), *call.lengths_and_band(count),
         S=call.static(), BLOCK_D=blocks_of(shape, call.q.shape[-1]),
         BLOCK_DV=blocks_of(shape, call.v.shape[-1]), **tile,
         num_warps=shape.num_warps, num_stages=shape.num_stages,

@@ -14,7 +14,7 @@ from . import config
 from .arguments import runtime
 from .config import Config
 from .mask import UNBOUNDED, Mask
-from .tile import Rows, Static, Terms, Vector
+from .tile import Packed, Rows, Static, Terms, Vector
 
 _RELU, _SIGMOID = 1, 2
 _TILE = 64  # rows and columns of a graph's tile
@@ -211,9 +211,13 @@ class Call:
 
     def mask(self) -> Mask:
         bounds = self.head_bounds
+        chunks: list[int] = []
+        for size, left in zip(self.chunks[::2], self.chunks[1::2], strict=True):
+            size = min(size, UNBOUNDED)  # beyond the longest sequence all are alike
+            chunks += [size, min(left, UNBOUNDED // size)]
         return Mask(
             None if bounds is None else bounds.clamp(-UNBOUNDED, UNBOUNDED).int(),
-            tuple(self.chunks),
+            tuple(chunks),
             self.lengths,
             self.keep,
             _row(self.keep),
@@ -223,6 +227,11 @@ class Call:
             _row(self.k_ids),
             self.tiles[0] if self.tiles else None,
         )
+
+    def packed(self) -> Packed:
+        if self.cu_q is None:
+            return Packed()
+        return Packed(self.cu_q, self.cu_k, runtime(self.q.shape[0]), runtime(self.k.shape[0]))
 
     def tile_lists(self, by_column: bool) -> tuple[Tensor, ...]:
         return tuple(self.tiles[5:9] if by_column else self.tiles[1:5])

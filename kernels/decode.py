@@ -71,7 +71,7 @@ def decode_split(
         peak, total = first_state(h, terms, unit, S, M)
     k_base, v_base = rows_at(k, zero, head, zero), rows_at(v, zero, head, zero)
     # The key tiles of this block's rows, and no others, in equal shares.
-    low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, N)
+    low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, None, N)
     share = ((last - first + N - 1) // N + splits - 1) // splits * N
     start = first + split * share
     stop = tl.minimum(last, start + share)

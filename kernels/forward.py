@@ -143,7 +143,7 @@ def tiled_forward(
                 max_k, rel_size, terms, mask, None, factor, S, M, N, BLOCK_D, BLOCK_DV, True, False,
             )  # fmt: skip
     else:
-        low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, N)
+        low, first, full_first, full_last, last = key_ranges(i, begin, end, seqlen_q, terms.bias, N)
         if ONE:
             full_first, full_last = first, first
         if S.bounded_left and not ONE:

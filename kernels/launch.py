@@ -12,7 +12,7 @@ from .backward import Statistics, row_statistics, tiled_backward_kv, tiled_backw
 from .call import Call, blocks_of, cdiv, on_device
 from .config import Config
 from .forward import tiled_forward
-from .tile import Packed, Static
+from .tile import Static
 
 _QUERY, _KEY, _VALUE, _BIAS, _REL_BIAS, _WEIGHT, _EXTRA_K, _EXTRA_V = (1 << n for n in range(8))
 
@@ -73,7 +73,7 @@ def _widths(call: Call, shape: Config) -> tuple[int, int]:
 
 
 def _shared(call: Call) -> tuple[Any, ...]:
-    return call.terms(), call.mask(), Packed(call.cu_q, call.cu_k)
+    return call.terms(), call.mask(), call.packed()
 
 
 def statistics(
@@ -92,7 +92,7 @@ def statistics(
         row_statistics[(blocks * call.heads * call.batch,)](
             None if out is None else call.rows(out), None if dout is None else call.rows(dout),
             None if dlse is None else call.vector(dlse.contiguous()), row, stats, call.terms(),
-            Packed(call.cu_q, call.cu_k), call.seqlen_q, blocks,
+            call.packed(), call.seqlen_q, blocks,
             S=static or call.static(), M=shape.block_m, BLOCK_DV=blocks_of(shape, call.v.shape[-1]),
             num_warps=shape.num_warps,
         )  # fmt: skip

@@ -68,9 +68,10 @@ def block_intervals(i, b, h, seqlen_q, seqlen_k, band, mask):
 
 
 @triton.jit
-def key_ranges(i, begin, end, seqlen_q, BLOCK_N: tl.constexpr):
+def key_ranges(i, begin, end, seqlen_q, bias, BLOCK_N: tl.constexpr):
     """(low, first, full_first, full_last, last): the block keeps keys of [low, last); its key tiles begin at
     `first`, and those in [full_first, full_last) are kept whole. first, full_* are multiples of BLOCK_N.
+    Beside a bias, which may hide keys, no tile is whole for a block that the end of the queries cuts.
     """
     some = begin < end
     last = tl.max(tl.where(some, end, 0), 0)
@@ -78,7 +79,10 @@ def key_ranges(i, begin, end, seqlen_q, BLOCK_N: tl.constexpr):
     first = low
     inside = i < seqlen_q
     full_first = tl.max(tl.where(inside, begin, 0), 0)
-    full_last = tl.min(tl.where(inside, end, 1 << 30), 0)
+    if bias is None:
+        full_last = tl.min(tl.where(inside, end, 1 << 30), 0)
+    else:
+        full_last = tl.min(end, 0)
     first = tl.minimum(first, last) // BLOCK_N * BLOCK_N
     full_first = tl.minimum((tl.maximum(full_first, first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, last)
     full_last = tl.maximum(tl.minimum(full_last, last) // BLOCK_N * BLOCK_N, full_first)

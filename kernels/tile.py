@@ -39,10 +39,12 @@ class Vector(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Where sequences begin, [B + 1] int64. None: dense."""
+    """Where sequences begin, [B + 1] int64. None: dense. `runtime` totals."""
 
     cu_q: Any = None
     cu_k: Any = None
+    total_q: Any = 0  # rows there are
+    total_k: Any = 0
 
 
 class Cache(NamedTuple):
@@ -110,15 +112,23 @@ def number(terms, N: tl.constexpr):
 
 
 @triton.jit
+def span(cu, b, total, longest):
+    """(length, first row) of sequence b: of rows that there are, and no longer than was promised, whatever
+    the device holds.
+    """
+    begin = tl.minimum(tl.maximum(tl.load(cu + b), 0), plain(total))
+    end = tl.minimum(tl.load(cu + b + 1), plain(total))
+    return tl.minimum(tl.maximum(end - begin, 0), longest).to(tl.int32), begin
+
+
+@triton.jit
 def sequence(b, seqlen_q, seqlen_k, packed):
-    """(queries, keys, first query row, first key row) of sequence b."""
+    """(queries, keys, first query row, first key row) of sequence b; seqlen_*: those of the longest."""
     q_begin = b.to(tl.int64) * 0
     k_begin = q_begin
     if packed.cu_q is not None:
-        q_begin = tl.load(packed.cu_q + b)
-        seqlen_q = (tl.load(packed.cu_q + b + 1) - q_begin).to(tl.int32)
-        k_begin = tl.load(packed.cu_k + b)
-        seqlen_k = (tl.load(packed.cu_k + b + 1) - k_begin).to(tl.int32)
+        seqlen_q, q_begin = span(packed.cu_q, b, packed.total_q, seqlen_q)
+        seqlen_k, k_begin = span(packed.cu_k, b, packed.total_k, seqlen_k)
     return seqlen_q, seqlen_k, q_begin, k_begin
 
 
@@ -337,7 +347,8 @@ def relative_rows(x, i, b, h, rel_size, terms):
     """Pointers to the rows of queries i in x, a relative bias by query or its gradient."""
     row = i.to(tl.int64)
     if terms.rel_start is not None:
-        row += tl.load(terms.rel_start + b)
+        total = plain(terms.rel_head) // rel_size
+        row += tl.minimum(tl.maximum(tl.load(terms.rel_start + b), 0), total)  # as in `span`
     head = x + b.to(tl.int64) * plain(terms.rel_batch) + h.to(tl.int64) * plain(terms.rel_head)
     return head + row * rel_size
 
@@ -401,6 +412,7 @@ def unit_of(terms, S: tl.constexpr):
 @triton.jit
 def drawn(i, octet, b, h, terms):
     """The four words of each (row, eight keys); i and octet of one shape."""
+    octet = octet.to(tl.int32)  # Philox is as wide as its first number
     return tl.philox(tl.load(terms.seed), octet, i, octet * 0 + h, octet * 0 + b)
 
 

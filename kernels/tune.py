@@ -15,11 +15,12 @@ import json
 import math
 import os
 import time as clock
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def tune(
     """The best shape of every row asked for on the current GPU, written to `config.cache_file()`.
     `time` gives the milliseconds of a pass under the shapes now in force, or raises: the GPU's clock, unless
     given. `check` says what is wrong with its results, or None: `wrong`, unless given. No shape is tried
-    after `seconds`. `workers`: processes that compile.
+    or compiled ahead after `seconds`. `workers`: processes that compile.
 
-    Raises RuntimeError without a CUDA device.
+    Raises RuntimeError without a CUDA device, and what CUDA raises: a GPU in trouble stays so.
     """
     if (time is None or check is None) and not torch.cuda.is_available():
         raise RuntimeError("saccade.kernels.tune: needs a CUDA device, and there is none")
@@ -66,12 +67,11 @@ def tune(
     name, arch = config.this_gpu()
     best: dict[Key, Config] = {}
     end = clock.monotonic() + seconds
-    with ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext() as pool:
+    with _compilers(workers) as compile_ahead:
         for dim, size, kind, one in itertools.product(dims, sizes, config.KINDS, config.PASSES[:3]):
             key = (one, arch, size, dim, kind)
             shapes = candidates(key)
-            if pool is not None and clock.monotonic() < end:  # Triton keeps on disk what it has compiled
-                list(pool.map(_compile, itertools.repeat(key), shapes))
+            compile_ahead(key, shapes, end - clock.monotonic())
             timed: list[tuple[float, Config]] = []
             for shape in shapes:
                 if clock.monotonic() > end:  # half of the candidates have no best
@@ -85,6 +85,32 @@ def tune(
                 say(f"{one} {arch} {8 * size} bits, head_dim {dim}, {kind}: {best[key]}")
                 _keep(config.cache_file(name), key, best[key])
     return best
+
+
+@contextmanager
+def _compilers(workers: int) -> Iterator[Callable[[Key, list[Config], float], None]]:
+    """A function that compiles shapes in other processes for so many seconds, since Triton keeps on disk what
+    it has compiled; what is not ready then is compiled where it is tried. No process is left at the end.
+    """
+    if workers < 2:
+        yield lambda key, shapes, seconds: None
+        return
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+
+    def compile_ahead(key: Key, shapes: list[Config], seconds: float) -> None:
+        with suppress(BrokenProcessPool):  # a compiler that crashed takes its process along
+            if seconds > 0:
+                shares = [pool.submit(_compile, key, shape) for shape in shapes]
+                wait(shares, None if seconds == math.inf else seconds)
+
+    try:
+        yield compile_ahead
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(active_children()) - others:
+            child.terminate()
+            child.join()
 
 
 def _compile(key: Key, shape: Config) -> None:
@@ -106,7 +132,7 @@ def _keep(path: Path, key: Key, shape: Config) -> None:
 
 def _try(trial: tuple[Timer, Checker], key: Key, shape: Config, say: Callable[[str], None]) -> float | None:
     """The milliseconds of a shape whose results are right."""
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.runtime.errors import OutOfResources
 
     name, _, size, dim, kind = key
     time, check = trial
@@ -118,8 +144,11 @@ def _try(trial: tuple[Timer, Checker], key: Key, shape: Config, say: Callable[[s
             return time(name, _DTYPES[size], dim, kind)
     except OutOfResources:
         return None
-    except PTXASError as error:
-        say(f"{name}, {shape}: {str(error).splitlines()[0]}")
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):  # no later shape would fare better
+            raise
+        last = str(error).strip().splitlines()[-1:]  # Triton's own begin with the source
+        say(f"{name}, head_dim {dim}, {kind}, {shape}: left out: {type(error).__name__}: {''.join(last)}")
         return None
 
 

@@ -15,7 +15,7 @@ from .call import Call, blocks_of, cdiv, on_device
 from .launch import statistics
 from .mask import block_intervals, kept_pairs
 from .softmax import weigh
-from .tile import Packed, dropout_kept, load_rows, logits, number, rows_at, scores, unit_of
+from .tile import dropout_kept, load_rows, logits, number, rows_at, scores, unit_of
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _launch(call: Call, stats: Any, out: Tensor, k: Tensor, average: bool, part:
         return
     attention_weights[(grid,)](
         call.rows(call.q), call.rows(k), out, stats, call.terms(), call.mask(),
-        Packed(call.cu_q, call.cu_k), call.tile_lists(False), *call.lengths_and_band(out.shape[-1]),
+        call.packed(), call.tile_lists(False), *call.lengths_and_band(out.shape[-1]),
         S=call.static(), M=shape.block_m, N=16 if part else shape.block_n,
         BLOCK_D=blocks_of(shape, call.q.shape[-1]), AVERAGE=average, EXTRA=part == 1, ZERO=part == 2,
         num_warps=shape.num_warps, num_stages=shape.num_stages,

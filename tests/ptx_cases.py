@@ -9,7 +9,7 @@ from unittest import mock
 
 import test_cuda_tiled
 import torch
-from saccade import ALiBi, Causal, GATv2, Graph, KeyPadding, Segments, Window
+from saccade import ALiBi, Causal, Chunks, GATv2, Graph, KeyPadding, Segments, Window
 from saccade.ops import DECODE, GATHER, TILED
 from saccade.testing import Shape, make_inputs
 
@@ -125,6 +125,7 @@ TRITON = {
     "gradients": Case(heads(40, 70, 64), BF16, Causal(), gradients=True),
     "padding": Case(Shape(2, 1, 1, 20, 70, 64, 64), BF16, LENGTHS, gradients=True),
     "dropout": Case(one(40, 70, 64), FP16, None, TILED, True, DROPOUT),
+    "chunks": Case(one(33, 40, 32), BF16, Chunks(16, align="end"), options=DROPOUT),
     "bias": bias_case(40, 70, 64, True),
     "keep": Case(heads(33, 70, 64), BF16, KeyPadding(KEEP) & Segments(*IDS), gradients=True),
     "positions": Case(heads(33, 70, 64), BF16, Causal(), TILED, True, POSITIONS),

@@ -174,7 +174,7 @@ class Simulated:
             place = self.workspace(self.library.saccade_cuda_decode_workspace, p)
             self.call("saccade_cuda_decode", p, seed, place)
             return out, lse
-        totals = (ctypes.c_int64(q.shape[0]), ctypes.c_int64(k.shape[0])) if self.arch == 90 else ()
+        totals = [ctypes.c_int64(x.shape[0]) for x in (q, k)]
         self.call(f"saccade_cuda_forward_sm{self.arch}", p, seed, *totals)
         return out, lse
 
@@ -210,8 +210,9 @@ class Simulated:
         count = ctypes.c_int64(lse.numel())
         mode = (ctypes.c_int(self.deterministic), ctypes.c_int(self.device))
         place = [self.workspace(self.library.saccade_cuda_backward_workspace, p, count, *mode), count]
+        place.append(ctypes.c_int64(k.shape[0]))
         if self.arch == 90:
-            place += [ctypes.c_int64(k.shape[0]), ctypes.c_int(self.deterministic)]
+            place.append(ctypes.c_int(self.deterministic))
         self.call(f"saccade_cuda_backward_sm{self.arch}", p, seed, *place)
         return tuple(found)
 

@@ -9,7 +9,9 @@ import pytest
 import saccade
 import torch
 from saccade.accelerate import SWAPS
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 E, H = 32, 4
 
@@ -280,3 +282,18 @@ def test_bad_arguments() -> None:
     for function in (saccade.accelerate, saccade.restore):
         with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got list"):
             function([])
+
+
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch without gloo")
+def test_sharded_models_are_left_alone_with_a_word() -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, model = init_device_mesh("cpu", (1,)), Model()
+        fully_shard(model.cross, mesh=mesh)  # gets a class of its own
+        fully_shard(model, mesh=mesh)
+        report = saccade.accelerate(model)
+        assert not report.swapped and len(report.skipped) == 4
+        assert all("before it is sharded" in reason for reason in report.skipped.values())
+        assert saccade.accelerate(model, verify=False).swapped == ["first", "layers.0", "layers.1"]
+    finally:
+        distributed.destroy_process_group()

@@ -7,6 +7,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import saccade
@@ -18,7 +19,7 @@ from saccade.benchmarks.check import Oracle, of_inputs
 from saccade.benchmarks.measure import Budget, Clock, interleaved, summary
 from saccade.benchmarks.modules import ModuleWork
 from saccade.benchmarks.peers import SEED, Inputs
-from saccade.benchmarks.runner import Plan, add_ratios, summarise
+from saccade.benchmarks.runner import Plan, add_ratios, measure_case, summarise
 
 SMALL = Case("small", batch=2, heads=4, heads_k=2, seqlen_q=29, seqlen_k=37, head_dim=8, head_dim_v=12)
 VARIANTS = [
@@ -218,7 +219,87 @@ def test_every_suite_names_its_cases_once(capsys: pytest.CaptureFixture[str]) ->
         assert found and len(found) == len(set(found))
         assert cli.main(["--suite", name, "--list"]) == 0
     assert "fp32-causal-d64-n128" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no case"):
-        cli.main(["--only", "nothing like it"])
     with pytest.raises(ValueError, match="registered already"):
         suites.register("cpu", suites.SUITES["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--only nothing-like-it", "no case of suite 'attention' has 'nothing-like-it' in its name"),
+        ("--only nothing-like-it --list", "no case of suite"),
+        ("--only molecules --memory", "no memory case has 'molecules'"),
+        ("--threads -3", "--threads: expected at least 0, got -3"),
+        ("--threads few", "--threads: invalid int value: 'few'"),
+        ("--seconds -1", "--seconds: expected at least 0, got -1"),
+        ("--seconds nan", "--seconds: expected at least 0, got nan"),
+        ("--device bogus", "--device: expected cpu or cuda, got bogus"),
+        ("--device meta", "--device: expected cpu or cuda, got meta"),
+        ("--device cuda:99", "--device: torch sees"),
+        ("--suite gpu", "--suite gpu: its tensors are a GPU's"),
+        ("--suite gpu-graph", "--suite gpu-graph: its tensors are a GPU's"),
+    ],
+)
+def test_bad_options(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(options.split())
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def never(*_: object) -> None:
+    raise AssertionError("something was measured")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "measure_case", never)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--only", "molecules", "--out", str(tmp_path / "file" / "folder")])
+    assert ended.value.code == 2 and "--out: " in capsys.readouterr().err
+
+
+def test_help_tells_the_folder_that_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("saccade.benchmarks.report.default_folder", lambda: Path("100%/of-it"))
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "(default: 100%/of-it)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(work: AttentionWork, *arguments: Any) -> list[dict[str, Any]]:
+        if work.case.name != "molecules-23":
+            raise KeyboardInterrupt
+        return list(measure_case(work, *arguments))
+
+    tiny = Group("tiny", (replace(SMALL, name="molecules-23"), replace(SMALL, name="other")), "sdpa")
+    suite = suites.Suite("", (suites.Part(AttentionWork, lambda: [tiny]),), Budget(0.0, 2, 2), memory=True)
+    monkeypatch.setitem(suites.SUITES, "attention", suite)
+    monkeypatch.setattr(cli, "measure_case", measure)
+    monkeypatch.setattr(memory, "measure", never)
+    status, content, rows = run(tmp_path)
+    assert status == 130 and content["stopped"] == "interrupted"
+    assert {row["case"] for row in rows} == {"molecules-23"} and any("ms" in r for r in content["rows"])
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_memory_cases_follow_only_and_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {case.name for case, _, _ in memory.tasks("dropout")} == {"dropout-n2048"}
+    assert len(memory.tasks("memory")) == len(memory.tasks()) == 8
+    monkeypatch.setattr(memory, "measure", never)
+    status, content, _ = run(tmp_path, "--only", "dropout-n2048", "--memory", "--seconds", "1e-9")
+    assert status == 0 and content["memory"] == []
+    assert "left out: memory: dropout-n2048, sdpa" in capsys.readouterr().out
+
+
+def test_no_memory_case_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SACCADE_OPS_LIBRARY", "/nonexistent")
+    row = memory.measure(square("w", 512, heads=1, heads_k=1, window=(9, 9)), TRAIN, "saccade", 1, "cpu")
+    assert "only the reference backend" in row["absent"], row

@@ -98,6 +98,17 @@ def test_library_takes_only_the_stable_abi_from_torch() -> None:
     assert not [name for name in undefined if re.match(r"_Z.*(c10|torch|2at)", name)]
 
 
+@pytest.mark.parametrize("asked", [["90a", "120", "86", "80"], ["100", "90"]], ids=str)
+def test_ptx_is_the_oldests(asked: list[str]) -> None:
+    """However they are listed: every later processor can compile it when it loads it."""
+    program = "import setuptools, sys; setuptools.setup = lambda **_: None; import setup; "
+    program += "print(*setup.Cuda('none', []).flags(sys.argv[1:]))"
+    flags = check(sys.executable, "-c", program, *asked)
+    oldest = min(int(arch) for arch in asked if arch.isdigit())
+    assert re.findall(r"code=compute_(\w+)", flags) == [str(oldest)]
+    assert re.findall(r"code=sm_(\w+)", flags) == asked
+
+
 @needs_elf
 @pytest.mark.parametrize("library", sorted(LIBRARY.parent.glob("*.so")), ids=lambda path: path.name)
 def test_no_path_of_the_building_machine(library: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import saccade
 from saccade import ops
 
 needs_library = pytest.mark.skipif(not ops.LOADED, reason="the operator library is not built")
@@ -32,20 +33,29 @@ def test_doctor_finds_a_whole_installation() -> None:
     assert "!" not in result.stdout
 
 
-def test_doctor_says_what_to_do_without_the_library(tmp_path: Path) -> None:
-    result = call("doctor", SACCADE_OPS_LIBRARY=str(tmp_path / "absent.so"))
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "is missing: no file"), ("not a library", "does not load")]
+)
+def test_doctor_says_what_to_do_without_the_library(tmp_path: Path, content: str | None, why: str) -> None:
+    library = tmp_path / "ops.so"
+    if content is not None:
+        library.write_text(content)
+    result = call("doctor", SACCADE_OPS_LIBRARY=str(library))
     assert result.returncode == 1
-    assert "operator library not built; reinstall with: pip install -v" in result.stdout
+    assert f"the operator library {why}" in result.stdout and "pip install -v" in result.stdout
     assert "agrees with the reference" in result.stdout
-    assert not result.stderr
+    assert result.stderr.count("UserWarning") == 1 and why in result.stderr
+    if content is not None:
+        assert "invalid ELF header" in result.stdout or "file too short" in result.stdout
 
 
 @needs_library
 def test_doctor_uses_the_instruction_set_it_is_told() -> None:
     result = call("doctor", SACCADE_CPU_ISA="portable")
-    assert result.returncode == 0 and "portable in use" in result.stdout
+    assert result.returncode == 0 and "portable in use (SACCADE_CPU_ISA)" in result.stdout
     result = call("doctor", SACCADE_CPU_ISA="mmx")
-    assert result.returncode == 1 and "mmx, which cannot run here" in result.stdout
+    assert result.returncode == 1
+    assert "! instruction set" in result.stdout and "mmx cannot run here" in result.stdout
 
 
 @needs_library
@@ -76,7 +86,8 @@ def test_bench_works_without_rich_and_matplotlib(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [((), 2), (("nonsense",), 2), (("doctor", "x"), 2), (("--help",), 0)]
+    ("arguments", "status"),
+    [((), 2), (("nonsense",), 2), (("doctor", "x"), 2), (("--help",), 0), (("doctor", "--help"), 0)],
 )
 def test_usage(arguments: tuple[str, ...], status: int) -> None:
     result = call(*arguments)
@@ -84,3 +95,7 @@ def test_usage(arguments: tuple[str, ...], status: int) -> None:
     assert "python -m saccade COMMAND" in (result.stderr if status else result.stdout)
     if arguments and status:
         assert " ".join(arguments) in result.stderr
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"saccade {saccade.__version__}\n"

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from saccade import Band, Causal, KeyPadding, Segments, Window, attention_varlen
+from saccade import Band, Causal, Graph, KeyPadding, Segments, Window, attention_varlen
 from saccade.autograd import attend
+from saccade.ops import DECODE, GATHER, TILED
 from saccade.packed import packed_layout
 from saccade.problem import Problem
 from saccade.testing import (
@@ -203,12 +204,12 @@ def test_irregular_masks(name: str) -> None:
     check_gradients(make_inputs(Shape(2, 2, 1, 70, 90, 64, 64), BF16), irregular_masks()[name])
 
 
-@pytest.mark.parametrize("name", ["lengths", "keep", "window", "bias"])
+@pytest.mark.parametrize("name", ["lengths", "keep", "window", "bias", "bias under a softcap"])
 def test_dead_keys_are_never_read(name: str) -> None:
     """NaN in keys and values that no query keeps reaches nothing."""
     q, k, v = make_inputs(Shape(1, 2, 2, 70, 90, 32, 32), BF16)
-    dead, options = torch.zeros(1, 2, 90, dtype=torch.bool), {}
-    dead[..., 50:60] = name in ("keep", "bias")
+    dead, options = torch.zeros(1, 2, 90, dtype=torch.bool), dict[str, Any]()
+    dead[..., 50:60] = name not in ("lengths", "window")
     dead[..., 77:] = name == "lengths"
     dead[..., :14] = name == "window"
     mask = {
@@ -216,8 +217,10 @@ def test_dead_keys_are_never_read(name: str) -> None:
         "keep": KeyPadding(~dead[:, 0]),
         "window": Window(6, 0),
     }.get(name)
-    if name == "bias":
+    if name.startswith("bias"):
         options = {"bias": torch.where(dead[:, :, None], -torch.inf, 0.0)}
+    if name.endswith("softcap"):
+        options["softcap"] = 2.0
     bad_k, bad_v = poisoned(k, dead), poisoned(v, dead)
     for arch in (80, 90) if name in ("lengths", "window") else (80,):
         got = simulated(arch, (q, bad_k, bad_v), mask, **options)
@@ -228,6 +231,52 @@ def test_dead_keys_are_never_read(name: str) -> None:
         grads = [derivatives(simulated(arch, x, mask, **options), x) for x in (bad, good)]
         for a, b in zip(*grads, strict=True):
             assert torch.equal(a, b)
+
+
+APART = {
+    "beyond itself": Band(-1, 0),
+    "two apart": Window(3, 0) & Band(-10, 20),
+    "one head's": Band(torch.tensor([-5, 60]), torch.tensor([2, -30])),
+    "two heads apart": Band(torch.tensor([90, 0]), torch.tensor([-88, 5])),
+}
+
+
+@modes
+@pytest.mark.parametrize("mask", APART.values(), ids=APART)
+@pytest.mark.parametrize("queries", [10, 70])
+def test_keys_that_no_band_keeps(queries: int, mask: Any, arch: int) -> None:
+    """What stands there reaches nothing: not where a band passes over them in vain, nor between heads'."""
+    q, k, v = make_inputs(Shape(1, 2, 1, queries, 90, 64, 64), BF16)
+    dead = ~mask.materialize(queries, 90).reshape(-1, 90).any(0).expand(1, 1, 90)
+    assert dead.any()
+    found = []
+    for inputs in ((q, k, v), (q, poisoned(k, dead), poisoned(v, dead))):
+        outputs = simulated(arch, inputs, mask)
+        found.append([*outputs, *derivatives(outputs, inputs)])
+    for clean, got in zip(*found, strict=True):
+        assert torch.equal(clean, got)
+
+
+@pytest.mark.parametrize("body", [TILED, DECODE, GATHER])
+def test_dropout_of_everything(body: int) -> None:
+    inputs = make_inputs(Shape(1, 2, 1, 20, 33, 32, 32), BF16)
+    mask = Graph.from_dense(torch.ones(20, 33, dtype=torch.bool)) if body == GATHER else None
+    out, lse = simulated(80, inputs, mask, body=body, dropout_p=1.0, seed=3)
+    assert not out.any()
+    torch.testing.assert_close(lse, simulated(80, inputs, mask, body=body)[1])
+    assert not any(x.any() for x in derivatives(out, inputs))
+
+
+@pytest.mark.parametrize("softcap", [30.0, 50.0, 1e5, 1e6])
+@pytest.mark.parametrize(("arch", "body"), [(80, TILED), (90, TILED), (80, DECODE), (80, GATHER)])
+def test_softcaps_that_hardly_bend(softcap: float, arch: int, body: int) -> None:
+    """A cap is as exact as plain PyTorch's where tanh is nearly its argument."""
+    shape, dtype = Shape(1, 2, 1, 40, 40, 64, 64), BF16 if body == TILED else torch.float32
+    inputs = make_inputs(shape, dtype)
+    if body == DECODE:  # fp32 has no gradient there
+        return check(arch, inputs, body=body, softcap=softcap)
+    graph = Graph.from_dense(torch.rand(40, 40, generator=torch.Generator().manual_seed(1)) < 0.2)
+    check_gradients(inputs, graph if body == GATHER else None, arch, body=body, softcap=softcap)
 
 
 @modes

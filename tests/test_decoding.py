@@ -119,7 +119,9 @@ def test_beams_go_on_from_each_others_past_without_copies() -> None:
         state.reorder(parents.flatten())
         history = history[parents.flatten()]
         assert all(torch.equal(a, c.keys) for a, c in zip(before, state._caches, strict=True)), t
-    with pytest.raises(ValueError, match="same sentence"):
+    with pytest.raises(ValueError, match=r"ints \[9\], got torch.float32 \[9\]"):
+        state.reorder(torch.zeros(N * beams))
+    with pytest.raises(ValueError, match="same sentence, got 0 at 3"):
         state.reorder(torch.zeros(N * beams, dtype=torch.int64))
     with pytest.raises(ValueError, match="parents"):
         state.reorder(torch.zeros(2, dtype=torch.int64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import saccade
 import torch
@@ -17,6 +18,8 @@ GRAPH = Graph.from_edge_index(torch.tensor([[0, 6, 2], [0, 4, 2]]), (7, 5))
 CU = torch.tensor([0, 2, 5])
 PACKED = torch.randn(5, 4, 8)
 CACHE = torch.randn(2, 2, 7, 8)
+LOOPS = torch.arange(5).expand(2, -1)
+MHA = saccade.nn.MultiheadAttention(8, 2)
 
 
 def attend(q: Any = Q, k: Any = K, v: Any = V, mask: Any = None, **options: Any) -> Callable[[], Any]:
@@ -49,7 +52,7 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "k: expected a number of heads that divides", attend(Q[:, :3])),
     (ValueError, "k: expected the head dimension of q", attend(k=K[..., :5])),
     (ValueError, "head dimension of q (at least 1)", attend(Q[..., :0], K[..., :0])),
-    (ValueError, "v: expected shape", attend(v=V[:, :, :3])),
+    (ValueError, "v: expected shape [2, 2, 7, Dv] as in k", attend(v=V[:, :, :3])),
     (ValueError, "v: expected shape", attend(v=V[..., :0])),
     # numbers
     (ValueError, "scale: expected a finite number", attend(scale=float("inf"))),
@@ -57,6 +60,10 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "softcap: expected a finite number", attend(softcap=1e39)),
     (ValueError, "softcap: expected a positive number", attend(softcap=1e-46)),
     (TypeError, "seed: expected an int", attend(seed="x")),
+    (TypeError, "seed: expected an int", attend(seed=np.True_)),
+    (TypeError, "left: expected an int", attend(window=(np.array([1, 2]), 0))),
+    (TypeError, "left: expected an int", attend(window=(np.float32(1), 0))),
+    (TypeError, "missing 1 required positional argument: 'right'", lambda: Window(128)),
     (TypeError, "deterministic: expected a bool", attend(deterministic="x")),
     (ValueError, "slope: expected a finite number", lambda: saccade.GATv2(torch.randn(4, 8), float("nan"))),
     (ValueError, "base: expected a positive number", lambda: saccade.RoPE(base=-1.0)),
@@ -70,6 +77,19 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "radius: expected an int or", lambda: saccade.nn.PixelAttention(8, 2, (1,))),
     (ValueError, "max_seqlen_q: expected 0 to", packed(max_q=10**30)),
     (ValueError, "heads: expected at least 1", lambda: saccade.nn.TransformerConv(3, 4, heads=0)),
+    (TypeError, "global_tokens: expected positions", lambda: saccade.patterns.longformer(8, 2, 1)),
+    (TypeError, "qk_norm: expected a bool", lambda: saccade.nn.MultiheadAttention(8, 2, qk_norm="no")),
+    (TypeError, "verify: expected a bool", lambda: saccade.accelerate(torch.nn.Linear(2, 2), verify="x")),
+    *((ValueError, "edge_attr: expected 3 features of each edge, got 2",
+       lambda kind=kind: kind(4, 8, edge_dim=3)(torch.ones(5, 4), LOOPS, edge_attr=torch.ones(5, 2)))
+      for kind in (saccade.nn.GATConv, saccade.nn.GATv2Conv, saccade.nn.TransformerConv)),
+    (ValueError, "edge_attr: expected 3 features of each edge, got 2",
+     lambda: saccade.nn.GraphMultiheadAttention(4, 2, edge_dim=3)(
+         torch.ones(5, 4), LOOPS, edge_attr=torch.ones(5, 2))),
+    (TypeError, "attn_mask: expected a tensor; a saccade mask is given as mask=",
+     lambda: MHA(Q[0], Q[0], Q[0], attn_mask=saccade.Causal())),
+    (TypeError, "key_padding_mask: expected a tensor; a saccade mask is given as mask=",
+     lambda: MHA(Q[0], Q[0], Q[0], key_padding_mask=KeyPadding([5, 5, 5, 5]))),
     (ValueError, "page_table: expected 0 <= entry < 2, got 4294967296",
      decode(page_table=torch.tensor([[1 << 32], [0]]))),
     (ValueError, "beam: expected 0 <= entry < 2, got 4294967297",
@@ -88,6 +108,7 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "unsupported operand", lambda: Band() & 3),
     (ValueError, "lengths: expected values >= 0", lambda: KeyPadding(torch.tensor([2, -1]))),
     (ValueError, "lengths: expected an integer dtype", lambda: KeyPadding(torch.tensor([2.0]))),
+    (ValueError, "a mask of keys [B, Sk] is bool", lambda: KeyPadding(torch.ones(2, 7).int())),
     (ValueError, "keep: expected dtype torch.bool", lambda: KeyPadding(keep=torch.ones(2, 7))),
     (TypeError, "expected lengths or keep", lambda: KeyPadding()),
     (ValueError, "length of 8, the call has 7 keys", attend(mask=KeyPadding(torch.tensor([2, 8])))),
@@ -153,7 +174,7 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (ValueError, "RoPE turns an even number", attend(position=saccade.RoPE(dim=10))),
     (TypeError, "scale: expected a float", attend(scale="1")),
     (ValueError, "softcap: expected a positive number", attend(softcap=0.0)),
-    (ValueError, "dropout_p: expected 0 <= dropout_p <= 1", attend(dropout_p=1.5)),
+    (ValueError, "dropout_p: expected 0 to 1", attend(dropout_p=1.5)),
     (TypeError, "dropout_p: expected a float", attend(dropout_p="half")),
     (TypeError, "seed: expected an int", attend(dropout_p=0.5, seed=1.5)),
     (ValueError, "seed: expected an int64 tensor", attend(dropout_p=0.5, seed=torch.zeros(2).long())),
@@ -182,6 +203,9 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     # merge
     (ValueError, "merge: expected as many outs as lses", lambda: saccade.merge([Q], [])),
     (ValueError, "merge: expected lse", lambda: saccade.merge([Q], [Q])),
+    (TypeError, "merge: expected outs as a sequence of tensors, got one of [2, 4, 5, 8]",
+     lambda: saccade.merge(Q, Q[..., 0])),
+    (TypeError, "merge: expected lses as a sequence", lambda: saccade.merge([Q], Q[None, ..., 0])),
     (TypeError, "merge: expected tensors, got int and int", lambda: saccade.merge([1], [2])),
     # what torch or Python would refuse further down, in other words
     (TypeError, "q: expected a dense tensor, got torch.sparse_coo", attend(q=Q.to_sparse())),
@@ -202,6 +226,10 @@ BAD: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     (TypeError, "query: expected a tensor, got str", lambda: saccade.scaled_dot_product_attention("q", K, V)),
     (TypeError, "attn_mask: expected a tensor, got list",
      lambda: saccade.scaled_dot_product_attention(K, K, V, [[0.0]])),
+    (ValueError, "attn_mask: expected a shape that broadcasts to [2, 2, 7, 7], got [7, 5]",
+     lambda: saccade.scaled_dot_product_attention(K, K, V, torch.zeros(7, 5))),
+    (ValueError, "attn_mask: expected a shape that broadcasts to [2, 7, 7], got [3, 1, 7]",
+     lambda: saccade.scaled_dot_product_attention(K[0], K[0], V[0], torch.ones(3, 1, 7).bool())),
     (ValueError, "attn_mask: expected dtype bool or float",
      lambda: saccade.scaled_dot_product_attention(K, K, V, torch.zeros(7, 7).int())),
     (ValueError, "enable_gqa=True", lambda: saccade.scaled_dot_product_attention(Q, K, V)),
@@ -250,3 +278,13 @@ def test_explain_tells_what_would_run() -> None:
     assert "-> reference" in str(told) and "5 queries" in str(told)
     others = [n for n in saccade.backends() if n != "triton"]
     assert others[-1] == "reference" and named("reference").NAME == "reference"
+
+
+def test_ints_of_numpy() -> None:
+    n, graph = np.int64, Graph.from_edge_index(LOOPS, np.int32(5))
+    assert type(graph.num_keys) is int and graph.num_queries == 5
+    got = saccade.attention(Q, K, V, Chunks(n(3), n(1), align="end"), window=(n(2), np.uint8(1)), seed=n(3),
+                            dropout_p=0.5)  # fmt: skip
+    mask = Chunks(3, 1, align="end")
+    assert torch.equal(got, saccade.attention(Q, K, V, mask, window=(2, 1), seed=3, dropout_p=0.5))
+    assert saccade.nn.MultiheadAttention(8, 4, num_kv_heads=n(2)).num_kv_heads == 2

@@ -78,6 +78,19 @@ def test_it_learns_a_few_voices(run, tmp_path: Path) -> None:
     assert losses[-1] < 0.75 * losses[0] and len(checks) >= 5
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data /nonexistent", "--data: no metadata.json in /nonexistent"),
+        ("--speakers 1 --utterances 1", "expected two utterances at least"),
+        ("--speakers 0", "expected two utterances at least"),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: str, message: str) -> None:
+    result = program(FOLDER, *options.split(), "--out", str(tmp_path))
+    assert result.returncode == 2 and message in result.stderr
+
+
 def test_a_short_run_leaves_predictions_and_a_picture(tmp_path: Path) -> None:
     result = program(FOLDER, "--steps", "1", "--speakers", "3", "--utterances", "3", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr

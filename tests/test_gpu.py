@@ -15,6 +15,7 @@ from torch import Tensor
 if not torch.cuda.is_available() or saccade.ops_triton.INTERPRETED:
     pytest.skip("needs a CUDA device and TRITON_INTERPRET=0", allow_module_level=True)
 
+from gpu_calls import GENERAL, HOPPERS, call_of
 from test_attention import AXES, arrange, label
 
 BACKENDS = [name for name in saccade.backends() if name in ("cuda", "triton")]
@@ -110,24 +111,20 @@ def test_results_repeat(backend: str) -> None:
 
 
 @on_backends
-@pytest.mark.parametrize("name", ["dropout", "bias", "relative", "softcap", "padding", "grouped", "slices"])
+@pytest.mark.parametrize("name", GENERAL)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_general_calls(backend: str, name: str, dim: int) -> None:
-    """What Hopper's own kernels leave to those of sm_80, and what they take beside bands."""
-    q, k, v = make_inputs(Shape(2, 4, 2 if name == "grouped" else 4, 150, 170, dim, dim), torch.float16)
-    tensors = (on_gpu(q), on_gpu(k), on_gpu(v))
-    if name == "slices":  # rows that no 16-byte load reaches
-        tensors = tuple(torch.cat([x, x], -1)[..., 3 : dim + 1].detach().requires_grad_() for x in tensors)  # type: ignore[assignment]
-    mask: Any = saccade.Causal()
-    if name == "padding":
-        mask &= saccade.KeyPadding(torch.arange(170, device=DEVICE).remainder(3).gt(0).expand(2, -1))
-    bias = torch.randn(4, 150, 170, device=DEVICE, dtype=torch.float16, requires_grad=name == "bias")
-    options: dict[str, Any] = {
-        "dropout": {"dropout_p": 0.2, "seed": 5},
-        "bias": {"bias": bias},
-        "relative": {"position": saccade.ALiBi(saccade.ALiBi.default_slopes(4).to(DEVICE))},
-        "softcap": {"softcap": 3.0},
-    }.get(name, {})
+    """What Hopper's own kernels leave to those of sm_80. racecheck runs whatever is called general here."""
+    tensors, mask, options = call_of(name, dim, DEVICE)
+    check_attention(tensors, mask, backend, **options)
+
+
+@on_backends
+@pytest.mark.parametrize("name", HOPPERS)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_calls_beside_bands(backend: str, name: str, dim: int) -> None:
+    """What Hopper's own kernels take too."""
+    tensors, mask, options = call_of(name, dim, DEVICE)
     check_attention(tensors, mask, backend, **options)
 
 

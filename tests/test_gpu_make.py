@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_calls import GENERAL, HOPPERS, call_of
+from saccade.backends import cuda
+from saccade.problem import Problem
 
 ROOT = Path(__file__).parents[1]
 STAGES = re.findall(r"^gpu: (.*)$", (ROOT / "Makefile").read_text(), re.M)[0].split()
@@ -41,9 +45,33 @@ def test_stages_come_in_order_and_fetch_nothing_else() -> None:
     assert installs and all("--no-build-isolation --no-deps" in line for line in installs)
 
 
+def test_racecheck_is_shown_no_copy_engine() -> None:
+    """It takes the plain bulk copies of Hopper's kernels for races."""
+    assert "racecheck" in (told := make("-n", "gpu-sanitize", f"PYTHON={sys.executable}").stdout)
+    (chosen,) = re.findall(r"racecheck.* -k '(.*)' tests/test_gpu.py", told)
+    assert chosen == "cuda and general"
+    source = (ROOT / "tests/test_gpu.py").read_text()
+    assert re.findall(r"def (\w*general\w*)", source) == [
+        f"test_general_{x}" for x in ("calls", "decode", "graph")
+    ]
+    assert re.search(r'"name", GENERAL\)\n.*\ndef test_general_calls', source)  # others have none
+    for name, dim in itertools.product((*GENERAL, *HOPPERS), (64, 128, 256)):
+        tensors, mask, options = call_of(name, dim, "cpu")
+        assert cuda.takes_hopper(Problem.of(*tensors, mask, **options)) == (name in HOPPERS), name
+
+
+def test_a_doctor_who_finds_something_stops_nothing(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *doctor*) echo "cuda: missing"; exit 1;; esac\nexit 0\n')
+    python.chmod(0o755)
+    done = make("gpu-build", f"PYTHON={python}")
+    assert done.returncode == 0 and "cuda: missing" in done.stdout
+
+
 def test_without_xdist_a_stage_runs_in_one_process(tmp_path: Path) -> None:
     bare = tmp_path / "python"
     bare.write_text('#!/bin/sh\ncase "$2" in *xdist*) exit 1;; esac\nexit 0\n')
     bare.chmod(0o755)
     for python, spread in ((str(bare), False), (sys.executable, True)):
-        assert ("-n 8" in make("-n", "gpu-pairwise", f"PYTHON={python}").stdout) == spread
+        for stage in ("gpu-check", "gpu-pairwise"):
+            assert ("-n 8" in make("-n", stage, f"PYTHON={python}").stdout) == spread, stage

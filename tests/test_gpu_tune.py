@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ pytest.importorskip("triton")
 import saccade  # noqa: E402
 from saccade.kernels import config, trusted, tune  # noqa: E402
 from saccade.kernels.config import Config  # noqa: E402
+from triton.compiler.errors import CompilationError  # noqa: E402
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 
@@ -72,6 +75,44 @@ def test_shapes_that_do_not_compile_are_left_out(rows: Path) -> None:
 
     best = tune.tune([64], [2], broken, say=lambda line: None, check=right)
     assert len(best) == 6 and all(s.num_warps == 8 and s.num_stages > 1 for s in best.values())
+
+
+def test_what_no_compiler_can_make_is_named(rows: Path) -> None:
+    """Whatever it stumbles over; but a GPU in trouble stays so, and stops the run."""
+    said: list[str] = []
+    trouble = [CompilationError("x", None, "no such layout"), RuntimeError("PassManager::run failed"),
+               IndexError("map::at"), PTXASError("too much")]  # fmt: skip
+
+    def broken(name: str, dtype: torch.dtype, dim: int, kind: str) -> float:
+        shape = config.pick(name, "sm90", 2, dim, kind)
+        if name == "forward" and shape.num_warps == 4:
+            raise trouble[len(said) % 4]
+        return 1.0
+
+    best = tune.tune([64], [2], broken, said.append, check=right)
+    assert len(best) == 6 and best["forward", "sm90", 2, 64, "full"].num_warps == 8
+    left_out = [line for line in said if "num_warps=4" in line and "left out" in line]
+    for word in ("CompilationError", "PassManager::run failed", "IndexError: map::at", "PTXASError"):
+        assert any(word in line for line in left_out), word
+
+    def lost(name: str, dtype: torch.dtype, dim: int, kind: str) -> float:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tune.tune([64], [2], lost, said.append, check=right)
+
+
+def slow_compiler(key: config.Key, shape: Config) -> None:
+    time.sleep(20)
+
+
+def test_compilers_end_with_the_time(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_compile", slow_compiler)
+    said: list[str] = []
+    began = time.monotonic()
+    tune.tune([64], [2], by_warps, said.append, seconds=1, workers=2, check=right)
+    assert time.monotonic() - began < 10 and "time is over at forward" in said[-1]
+    assert not any(child.is_alive() for child in multiprocessing.active_children())
 
 
 def test_the_gpu_is_asked_for_what_nobody_gives(rows: Path) -> None:

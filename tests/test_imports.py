@@ -40,6 +40,7 @@ LAYERS = [
         "transforms",
         "autograd",
         "autograd_weights",
+        "op_gradients",
         "backends",
     },
     {"functional", "reference", "explain"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from saccade.nn._edges import edges_of
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 PADDING = torch.tensor([[False] * 5, [False, False, True, True, True]])
 
@@ -74,6 +76,33 @@ def test_packed_encoders_in_checkpoints() -> None:
     module(x, None, changed)
     changed[0, 4] = True  # seen as another padding
     torch.testing.assert_close(module(x, None, changed)[0, :4], module(x[:1, :4])[0])
+
+
+@pytest.mark.parametrize("kind", ["band", "padding"])
+def test_modes_that_look_on_change_nothing(kind: str) -> None:
+    module, x = encoder(packed=kind == "padding"), torch.randn(2, 70, 16, requires_grad=True)
+
+    def masks() -> Any:  # new ones, which are read in the mode
+        padding = torch.arange(70) >= torch.tensor([[70], [20]])
+        return (torch.ones(70, 70).bool().triu(1), None) if kind == "band" else (None, padding)
+
+    want = torch.autograd.grad(module(x, *masks()).sin().sum(), x)[0]
+    with FlopCounterMode(display=False):  # the backward pass computes again outside of it
+        out = checkpoint(module, x, *masks(), use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), x)[0], want)
+
+    def save_all(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        calls.append(op)
+        return CheckpointPolicy.MUST_SAVE
+
+    contexts = partial(create_selective_checkpoint_contexts, save_all)
+    given, seen = masks(), []
+    for _ in range(2):
+        calls: list[Any] = []
+        out = checkpoint(module, x, *given, use_reentrant=False, context_fn=contexts)
+        seen.append(list(calls))
+        torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), x)[0], want)
+    assert seen[0] == seen[1]  # that the masks were read the first time is not seen
 
 
 @pytest.mark.parametrize("hint", [None, True])
@@ -170,6 +199,20 @@ def test_a_refused_piece_changes_nothing() -> None:
     for call in (lambda: stream.push(x), stream.finish):
         with pytest.raises(ValueError, match="the stream is at its end"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["pre-norm", "post-norm", "conformer"])
+def test_streams_are_saved_half_way(kind: str) -> None:
+    if kind == "conformer":
+        module: Any = S.Conformer(16, 2, 2, 32, 3, 0.0, position=None, window=(4, 1)).eval()
+    else:
+        layer = S.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=kind == "pre-norm")
+        module = S.TransformerEncoder(layer, 2, windows=[(4, 1)] * 2).eval()
+    x, stream = torch.randn(2, 9, 16), S.EncoderStream(module)
+    found = [stream.push(x[:, :5])]
+    again = pickle.loads(pickle.dumps(stream))
+    found += [again.push(x[:, 5:]), again.finish()]
+    torch.testing.assert_close(torch.cat(found, 1), module(x))
 
 
 def with_extra_key(**options: Any) -> S.MultiheadAttention:
@@ -291,3 +334,20 @@ def filled() -> S.KVCache:
     cache = S.KVCache()
     cache.append(torch.zeros(4, 2, 1, 4), torch.zeros(4, 2, 1, 4))
     return cache
+
+
+def test_the_default_device_is_not_asked() -> None:
+    """Only inputs and parameters say where a result lies."""
+    index, model = torch.randint(30, (2, 90)), nn.ModuleList([nn.MultiheadAttention(8, 2)])
+    graph = saccade.Graph.from_edge_index(index, 30)
+
+    def found() -> list[Tensor]:
+        shift = S.ConvolutionalAttention(3, 8, 3, device="cpu").shift
+        codes = S.laplacian_encoding(graph, 30, 3), S.random_walk_encoding(index, 30, 3)
+        return [graph.reorder()[1], *codes, shift.detach()]
+
+    expected = found()
+    with torch.device("meta"):
+        assert all(map(torch.equal, found(), expected))
+        saccade.accelerate(model)
+    assert isinstance(model[0], S.MultiheadAttention)

@@ -161,3 +161,10 @@ def test_label_smoothing_and_padding_are_torchs() -> None:
     logs = torch.log_softmax(logits[:4], -1)
     expected = -0.9 * logs.gather(1, targets[:4, None]).mean() - 0.1 * logs.mean(-1).mean()
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_decoder_that_takes_sequences_first_is_refused() -> None:
+    good = make()
+    layer = nn.TransformerDecoderLayer(good.lengths.d_model, 2, 16)
+    with pytest.raises(ValueError, match="expected layers with batch_first=True, got False in layer 0"):
+        NonAutoregressiveDecoder(nn.TransformerDecoder(layer, 1), good.position, good.head, good.lengths)

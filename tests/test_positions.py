@@ -52,6 +52,14 @@ def test_layouts_and_offsets(kind: str, batch_first: bool) -> None:
         module(torch.zeros(5, 7))
 
 
+def test_sequences_may_have_more_than_one_dimension_after_them() -> None:
+    """Rows of time steps, [S, N, P, d], as those of sequences [S, N, d]."""
+    x, position = torch.randn(7, 2, 7, 8), SinusoidalPosition(8)
+    torch.testing.assert_close(position(x), torch.stack([position(x[:, :, n]) for n in range(7)], 2))
+    first = SinusoidalPosition(8, batch_first=True)
+    torch.testing.assert_close(first(x), torch.stack([first(x[n]) for n in range(7)]))
+
+
 def test_sinusoid_needs_no_length() -> None:
     module = SinusoidalPosition(5)
     assert not list(module.state_dict())

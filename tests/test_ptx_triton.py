@@ -13,10 +13,10 @@ from test_triton_compiles import told
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 CASES = [
-    "plain", "wide", "wide, many tiles", "widest", "single", "gradients", "padding", "dropout", "bias",
-    "keep", "positions", "scores", "tiles", "decode", "gather", "gather single",
+    "plain", "wide", "wide, many tiles", "widest", "single", "gradients", "padding", "dropout", "chunks",
+    "bias", "keep", "positions", "scores", "tiles", "decode", "gather", "gather single",
 ]  # fmt: skip
-DEFAULT = {"sm80": ["plain"], "sm90": ["gradients", "decode"]}
+DEFAULT = {"sm80": ["plain", "chunks"], "sm90": ["gradients", "decode"]}
 
 
 def emulated(arch: str, *arguments: str) -> list[dict[str, Any]]:

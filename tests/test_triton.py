@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import saccade
 import torch
-from saccade.testing import Shape, check_attention, derivatives, make_inputs
+from saccade.testing import Shape, check_attention, derivatives, make_inputs, poisoned
 
 if "triton" not in saccade.backends() or not saccade.ops_triton.INTERPRETED:
     pytest.skip("triton is not installed, or not interpreted", allow_module_level=True)
@@ -183,6 +183,32 @@ def test_bands_fit_the_kernels_integers() -> None:
     q = torch.randn(1, 1, 3, 8)
     got = saccade.attention(q, q, q, window=(1 << 40, 0), backend="triton")
     torch.testing.assert_close(got, saccade.attention(q, q, q, causal=True, backend="reference"))
+
+
+@pytest.mark.parametrize("left", [None, 1, 50331648], ids=str)
+def test_chunks_fit_the_kernels_integers(left: int | None) -> None:
+    """However many chunks are kept before a query's own: dropout's numbers stay those of every backend."""
+    shape = Shape(1, 2, 1, 40, 70, 16, 16)
+    mask = saccade.Chunks(64 if left else 16, left, align="end")
+    with config.override(small(16, 16)):
+        check_attention(make_inputs(shape, torch.float32), mask, "triton", dropout_p=0.3, seed=3)
+
+
+@pytest.mark.parametrize("rows", [32, 33])
+def test_keys_that_a_bias_hides_reach_nothing(rows: int) -> None:
+    """NaN and infinities there, beside rows that lie beyond the last query too."""
+    q, k, v = make_inputs(Shape(1, 2, 1, rows, 40, 16, 16), torch.float32)
+    hidden = torch.zeros(1, 1, 40, dtype=torch.bool)
+    hidden[..., 20:28] = True
+    bias = torch.where(hidden[:, :, None], -torch.inf, 0.0)
+    for mask in (None, saccade.Causal()):
+        found = []
+        with config.override(small(16, 16)):
+            for inputs in ((q, k, v), (q, poisoned(k, hidden), poisoned(v, hidden))):
+                out = saccade.attention(*inputs, mask, bias=bias, backend="triton")
+                found.append([out, *derivatives(out, inputs)])
+        for clean, got in zip(*found, strict=True):
+            assert torch.equal(clean, got)
 
 
 def test_tuning_keeps_the_fastest_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

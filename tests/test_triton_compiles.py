@@ -21,7 +21,7 @@ REGISTERS = 255
 SPILLS = {
     (128, "wide bias", "tiled_backward_kv"): 40,
     (128, "packed", "tiled_backward_kv"): 32,
-    (64, "packed", "relative_bias_gradient"): 56,
+    (64, "packed", "relative_bias_gradient"): 64,
     (64, "graph", "tiled_backward_kv"): 16,
 }
 SIZES = {2: "bf16", 4: "fp32", 8: "fp64"}

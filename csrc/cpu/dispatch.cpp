@@ -3,6 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <stdexcept>
+#include <string>
+
 #if SACCADE_HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -103,8 +106,12 @@ const Isa* find(const char* name) {
 
 const Isa* first() {
   const char* name = getenv("SACCADE_CPU_ISA");
-  const Isa* chosen = name && *name ? find(name) : nullptr;
-  return chosen ? chosen : find("");
+  const Isa* chosen = find(name ? name : "");
+  if (chosen) return chosen;
+  std::string sets;
+  for (int i = 0; supported_isa(i); ++i) sets += std::string(i ? ", " : "") + supported_isa(i);
+  throw std::runtime_error(std::string("saccade: SACCADE_CPU_ISA=") + name +
+                           " cannot run here; this processor can run " + sets);
 }
 
 const Isa*& current() {

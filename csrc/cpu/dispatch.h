@@ -5,7 +5,7 @@
 namespace saccade {
 
 // The kernels for tensors of dtype `t` with this score, in the best instruction set this processor has or the
-// one forced.
+// one forced. Throws std::runtime_error where SACCADE_CPU_ISA names none of its sets.
 KernelTable kernels_for(DType t, Score score);
 const GatherTable& gather_kernels();
 

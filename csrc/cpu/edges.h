@@ -218,6 +218,16 @@ static HeadRows<T> read_heads(const Rows& x, int64_t b, int64_t row, int64_t hea
   return {buffer, ld};
 }
 
+// Row `row` of x where sums for all of its heads can be made in place, as T holds them in whole vectors; or
+// null.
+template <typename T, typename S>
+SACCADE_FORCE T* sums_in_place(const Rows& x, int64_t b, int64_t row, int64_t heads, int64_t d) {
+  if constexpr (sizeof(S) == sizeof(T))
+    if (x.data && x.col == 1 && d % kLanes<T> == 0 && (heads == 1 || x.head == d))
+      return reinterpret_cast<T*>(row_at(x, b, 0, row));
+  return nullptr;
+}
+
 // Row (b, h, row) of x = share * from[0..d).
 template <typename T, typename S>
 SACCADE_FORCE void write_share(const Rows& x, int64_t b, int64_t h, int64_t row, const T* from, T share,

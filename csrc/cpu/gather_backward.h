@@ -200,11 +200,16 @@ static void gather_rows_item(const GatherParams& p, int64_t item, char* scratch,
   if (dW) memset(dW, 0, size_t(p.heads * p.head_dim) * sizeof(double));
   split.for_each(t, [&](RowSplit::Piece piece) {
     const bool entire = piece.first && piece.last;
-    T* dq = entire ? pass.own : shared_piece(numbers.pieces, size, split.items(), b, t, piece.first ? 1 : 0);
+    T* const place = entire && p.edge_dim == 0 && p.needs & kNeedQ
+                         ? sums_in_place<T, S>(p.dq, b, piece.row, p.heads, p.head_dim)
+                         : nullptr;
+    T* dq = place    ? place
+            : entire ? pass.own
+                     : shared_piece(numbers.pieces, size, split.items(), b, t, piece.first ? 1 : 0);
     if (piece.begin == piece.end) memset(dq, 0, size_t(size) * sizeof(T));
     pass.prepare(b, piece.row);
     pass.piece(b, piece, numbers, dq, dW);
-    if (entire) write_queries<T, S>(p, b, piece.row, dq, pass.ldq, pass.w.lde);
+    if (entire && !place) write_queries<T, S>(p, b, piece.row, dq, pass.ldq, pass.w.lde);
   });
 }
 

@@ -134,10 +134,9 @@ struct ColumnPass {
 
   // The edges of one piece join the sums of their key: dK of all heads, dV, or both.
   template <int64_t Needs>
-  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dk) {
+  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dk, T* dv) {
     if (Needs & kNeedK && p.score != Score::kDot)
       keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
-    T* const dv = dk + p.heads_k * ldk;
     if (piece.begin == piece.end) {
       if (Needs & kNeedK) memset(dk, 0, size_t(p.heads_k * ldk) * sizeof(T));
       if (Needs & kNeedV) memset(dv, 0, size_t(p.heads_k * ldv) * sizeof(T));
@@ -207,8 +206,13 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
     const bool entire = piece.first && piece.last;
     T* sums =
         entire ? pass.own : shared_piece(numbers.columns, size, split.items(), b, t, piece.first ? 1 : 0);
-    pass.template piece<Needs>(b, piece, numbers, sums);
-    if (entire) write_keys<T, S>(p, Needs, b, piece.row, sums, pass.ldk, pass.ldv);
+    T* const dk =
+        entire && Needs & kNeedK ? sums_in_place<T, S>(p.dk, b, piece.row, p.heads_k, p.head_dim) : nullptr;
+    T* const dv =
+        entire && Needs & kNeedV ? sums_in_place<T, S>(p.dv, b, piece.row, p.heads_k, p.head_dim_v) : nullptr;
+    pass.template piece<Needs>(b, piece, numbers, dk ? dk : sums, dv ? dv : sums + p.heads_k * pass.ldk);
+    const int64_t apart = (dk ? 0 : Needs & kNeedK) | (dv ? 0 : Needs & kNeedV);
+    if (entire) write_keys<T, S>(p, apart, b, piece.row, sums, pass.ldk, pass.ldv);
   });
 }
 

@@ -145,45 +145,76 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
 }
 
 // lse = top + log(sum), the logarithms of many rows together: one alone fills no vector and waits for itself.
+template <typename T>
 class Logarithms {
  public:
-  void add(double* to, double top, double sum) {
-    to_[n_] = to;
-    tops_[n_] = top;
-    sums_[n_] = sum;
-    if (++n_ == kRoom) finish();
+  // Where the next heads' numbers go, up to a vector of them.
+  double* tops() { return tops_ + n_; }
+  double* sums() { return sums_ + n_; }
+  // n heads are there; their lse lie `stride` apart.
+  void took(double* to, int64_t stride, int64_t n) {
+    rows_[count_++] = {to, stride, n};
+    n_ += n;
+    if (n_ >= kRoom || count_ == kRoom) finish();
   }
   void finish() {
-    log_each(sums_, sums_, n_);
-    for (int64_t i = 0; i < n_; ++i) *to_[i] = tops_[i] + sums_[i];
-    n_ = 0;
+    log_each<T>(sums_, sums_, n_);
+    int64_t at = 0;
+    for (int64_t r = 0; r < count_; ++r)
+      for (int64_t i = 0; i < rows_[r].n; ++i, ++at) rows_[r].to[i * rows_[r].stride] = tops_[at] + sums_[at];
+    n_ = count_ = 0;
   }
 
  private:
   static constexpr int64_t kRoom = 64;
-  double* to_[kRoom];
-  double tops_[kRoom], sums_[kRoom];
-  int64_t n_ = 0;
+  struct Heads {
+    double* to;
+    int64_t stride, n;
+  };
+  Heads rows_[kRoom];
+  double tops_[kRoom + 16], sums_[kRoom + 16];
+  int64_t n_ = 0, count_ = 0;
 };
 
-// Adds the sink, normalises and writes a row.
+// The sink joins a head's top and sum; returns the share of the largest that its edges keep.
+template <typename T>
+static double add_sink(const GatherParams& p, int64_t h, double& top, double& sum) {
+  const double sink = double(sink_of<T>(p, h)), pivot = top > sink ? top : sink;
+  const double mine = top == -kInf<double> ? 0 : exp(top - pivot);
+  sum = sum * mine + (sink == -kInf<double> ? 0 : exp(sink - pivot));
+  top = pivot;
+  return mine;
+}
+
+// The sums l of a row become the factors that normalise it; its lse goes to `lse`.
+template <typename T>
+static void finish_sums(const GatherParams& p, int64_t b, int64_t row, const GatherState<T>& s,
+                        Logarithms<T>& lse) {
+  constexpr int L = kLanes<T>;
+  for (int64_t h = 0; h < p.heads; h += L) {
+    const int64_t n = min64(L, p.heads - h);
+    const Vec<T> sum = load(s.l + h);
+    double *tops = lse.tops(), *sums = lse.sums();
+    widen<T>(load(s.m + h), tops);
+    widen<T>(sum == T(0) ? splat<T>(T(1)) : sum, sums);
+    store(s.l + h, sum == T(0) ? Vec<T>{} : T(1) / sum);
+    for (int64_t i = 0; has_sink(p) && i < n; ++i) {
+      double total = double(sum[int(i)]);
+      const double mine = add_sink<T>(p, h + i, tops[i], total);
+      s.l[h + i] = total == 0 ? T(0) : T(mine / total);
+      sums[i] = total == 0 ? 1 : total;
+    }
+    lse.took(p.lse + b * p.lse_batch + h * p.lse_head + row, p.lse_head, n);
+  }
+}
+
+// Normalises and writes a row.
 template <typename T, typename S>
 static void finish_row(const GatherParams& p, int64_t b, int64_t row, const GatherState<T>& s,
-                       Logarithms& lse) {
+                       Logarithms<T>& lse) {
+  if (is_softmax(p)) finish_sums(p, b, row, s, lse);
   for (int64_t h = 0; h < p.heads; ++h) {
-    T share = T(1);
-    if (is_softmax(p)) {
-      double top = double(s.m[h]), sum = double(s.l[h]), mine = 1;
-      if (has_sink(p)) {
-        const double sink = double(sink_of<T>(p, h)), pivot = top > sink ? top : sink;
-        mine = top == -kInf<double> ? 0 : exp(top - pivot);
-        sum = sum * mine + (sink == -kInf<double> ? 0 : exp(sink - pivot));
-        top = pivot;
-      }
-      share = sum == 0 ? T(0) : T(mine / sum);
-      lse.add(p.lse + b * p.lse_batch + h * p.lse_head + row, sum == 0 ? -kInf<double> : top,
-              sum == 0 ? 1 : sum);
-    }
+    const T share = is_softmax(p) ? s.l[h] : T(1);
     write_share<T, S>(p.out, b, h, row, s.O + h * s.ldo, share, p.head_dim_v);
     if (p.edge_dim) write_share<T, S>(p.out_edge, b, h, row, s.E + h * s.lde, share, p.edge_dim);
   }
@@ -204,7 +235,7 @@ static void gather_forward_item(const GatherParams& p, int64_t item, char* scrat
   GatherScratch<T, S> w(p, arena);
   GatherState<T> own(p, arena.take<T>(size));
   const ForwardSpace<T> space(p, shared);
-  Logarithms lse;
+  Logarithms<T> lse;
   split.for_each(t, [&](RowSplit::Piece piece) {
     const bool entire = piece.first && piece.last;
     GatherState<T> state =
@@ -247,7 +278,7 @@ static void gather_merge_item(const GatherParams& p, int64_t item, char*, char* 
         sum.E[h * sum.lde + c] = sum.E[h * sum.lde + c] * mine + part.E[h * sum.lde + c] * its;
     }
   }
-  Logarithms lse;
+  Logarithms<T> lse;
   finish_row<T, S>(p, b, row, sum, lse);
   lse.finish();
 }

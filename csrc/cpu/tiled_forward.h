@@ -215,7 +215,7 @@ static void finish_block(const Params& p, const QueryBlock& q, State<T> s, T* al
       tops[i] = sum == 0 ? -kInf<double> : top;
       sums[i] = sum == 0 ? 1 : sum;
     }
-    log_each(sums, logs, q.rows);
+    log_each<T>(sums, logs, q.rows);
     for (int64_t i = 0; i < q.rows; ++i) lse[i] = tops[i] + logs[i];
     scale_lanes(s.O, p.head_dim_v, q.lanes, alpha);
   }

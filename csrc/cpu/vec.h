@@ -159,9 +159,10 @@ SACCADE_FORCE Vec<T> sigmoidv(Vec<T> x) {
   return T(1) / (T(1) + exp2v<T>(y));
 }
 
-// out[i] = ln(x[i]) of positive normal numbers, within two roundings: x = 2^e m with m in [sqrt(1/2),
+// out[i] = ln(x[i]) of positive normal numbers that were summed in T: x = 2^e m with m in [sqrt(1/2),
 // sqrt(2)), ln m = 2 atanh(t), t = (m - 1) / (m + 1), whose series in t^2 <= 0.0295 ends below rounding after
-// 12 terms.
+// 12 terms, and at 2^-39 after 7, where the sum itself is only good to 2^-24.
+template <typename T>
 static void log_each(const double* x, double* out, int64_t n) {
   constexpr int L = kLanes<double>;
   for (int64_t i = 0; i < n; i += L) {
@@ -173,13 +174,22 @@ static void log_each(const double* x, double* out, int64_t n) {
     const VecI<double> e = shifted >> 52;
     const Vec<double> m = bits<Vec<double>>(bits<VecI<double>>(v) - (e << 52));
     const Vec<double> t = (m - 1.0) / (m + 1.0), t2 = t * t;
-    Vec<double> sum = splat<double>(1.0 / 23);
+    constexpr int last = sizeof(T) == sizeof(double) ? 23 : 13;
+    Vec<double> sum = splat<double>(1.0 / last);
 #pragma GCC unroll 16
-    for (int k = 21; k > 0; k -= 2) sum = sum * t2 + 1.0 / k;
+    for (int k = last - 2; k > 0; k -= 2) sum = sum * t2 + 1.0 / k;
     const Vec<double> whole = bits<Vec<double>>(e + bits<int64_t>(6755399441055744.0)) - 6755399441055744.0;
     store(part, whole * kLn2 + 2.0 * t * sum);
     for (int l = 0; l < L && i + l < n; ++l) out[i + l] = part[l];
   }
+}
+
+// to[l] = v[l].
+template <typename T>
+SACCADE_FORCE void widen(Vec<T> v, double* to) {
+  using Wide __attribute__((vector_size(sizeof(double) * kLanes<T>))) = double;
+  const Wide wide = __builtin_convertvector(v, Wide);
+  memcpy(to, &wide, sizeof(wide));
 }
 
 // ---- L x L transposition by butterflies ----

@@ -90,7 +90,7 @@ struct QueryTiles {
   SACCADE_DEVICE_MEMBER QueryTiles(const BackwardArgs& all, int b, int hk, int first_key)
       : args(all), j0(first_key) {
     const int group = int(args.p.heads / args.p.heads_k);
-    head = head_of(args.p, b, hk * group);
+    head = head_of(args.p, args.terms, b, hk * group);
     last_head = hk * group + group - 1;
     enter();
   }

@@ -89,7 +89,7 @@ backward_bias_sm80(SACCADE_PARAM BackwardArgs args) {
   };
   for (int b = bs.begin; b < bs.end; ++b)
     for (int h = hs.begin; h < hs.end; ++h) {
-      const Head x = head_of(p, b, h);
+      const Head x = head_of(p, args.terms, b, h);
       const Band band = band_of(p.mask, args.terms, x);
       for (int m = ms.begin; m < ms.end; ++m) {
         const TileRange range = tiles_of<kBlockN>(band, m * kBlockM, least((m + 1) * kBlockM, seqlen_q));

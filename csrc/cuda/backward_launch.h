@@ -7,7 +7,7 @@ namespace saccade {
 
 // Everything of the arguments but `blocks`; refuses what the kernels do not serve.
 std::string prepare_backward(BackwardArgs& args, const GradParams& p, const int64_t* seed, void* workspace,
-                             int64_t lse_count, int device);
+                             int64_t lse_count, int64_t total_k, int device);
 std::string run_backward_sm80(const BackwardArgs& args, Stream stream);
 std::string launch_backward_rows(BackwardArgs args, Stream stream);
 std::string launch_backward_keys(BackwardArgs args, Stream stream);

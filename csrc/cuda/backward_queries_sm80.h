@@ -23,7 +23,7 @@ backward_queries_sm80(SACCADE_PARAM BackwardArgs args) {
                 kTiles = kBlockN / 8;
   const GradParams& p = args.p;
   const int64_t heads = block_index() / args.blocks;
-  const Head x = head_of(p, int(heads / p.heads), int(heads % p.heads));
+  const Head x = head_of(p, args.terms, int(heads / p.heads), int(heads % p.heads));
   const int i0 = (args.blocks - 1 - int(block_index() % args.blocks)) * kBlockM;
   if (i0 >= x.seqlen_q) return;
   const Band band = band_of(p.mask, args.terms, x);
@@ -88,7 +88,7 @@ backward_queries_sm80(SACCADE_PARAM BackwardArgs args) {
         if (kept) weight = pair_weight<kGeneral>(args, x, s[t][e], query, key, row[e / 2], slope);
         const bool keep = undropped >> (4 * t + e) & 1;
         dp[t][e] = pair_gradient<kGeneral>(args.terms, weight, dp[t][e], keep, row[e / 2].delta);
-        if (kGeneral) dp[t][e] *= slope;
+        if (kGeneral) dp[t][e] = weight == 0 ? 0.0f : dp[t][e] * slope;
         if (kGeneral && weight != 0) alive |= 1u << (2 * t + e % 2);
       }
     if (may_be_dead) zero_dead_rows<kBlockN, kHeadDim, Shape::kThreads>(alive, flags, keys_in(n), 0);

@@ -122,7 +122,7 @@ SACCADE_KERNEL(256, 1)
 backward_round_sm90(SACCADE_PARAM Backward90Args args) {
   const GradParams& p = args.all.p;
   const int64_t heads = block_index() / args.all.blocks;
-  const Head x = head_of(p, int(heads / p.heads), int(heads % p.heads));
+  const Head x = head_of(p, args.all.terms, int(heads / p.heads), int(heads % p.heads));
   const int i0 = int(block_index() % args.all.blocks) * Shape::kBlockM;
   if (i0 >= x.seqlen_q) return;
   const int group = thread_index() / 128, thread = thread_index() % 128;

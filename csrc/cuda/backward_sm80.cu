@@ -13,7 +13,7 @@ SACCADE_KERNEL(kRowThreads, 1)
 backward_rows_sm80(SACCADE_PARAM BackwardArgs args) {
   const GradParams& p = args.p;
   const int64_t heads = block_index() / args.blocks;
-  const Head x = head_of(p, int(heads / p.heads), int(heads % p.heads));
+  const Head x = head_of(p, args.terms, int(heads / p.heads), int(heads % p.heads));
   const int l = thread_index() % 32,
             first = int(block_index() % args.blocks) * kRowsOfBlock + thread_index() / 32;
   const T* dout = rows_at<const T>(p.dout, x.b, x.h, x.q_begin);
@@ -60,13 +60,13 @@ int64_t backward_rows(const Params& p, int64_t lse_count) {
 }
 
 std::string prepare_backward(BackwardArgs& args, const GradParams& p, const int64_t* seed, void* workspace,
-                             int64_t lse_count, int device) {
+                             int64_t lse_count, int64_t total_k, int device) {
   if (const char* reason = saccade_cuda_refuses(&p, 80))
     return std::string("backward_sm80 does not serve ") + reason;
   if (p.needs & ~(kNeedQ | kNeedK | kNeedV | kNeedBias))
     return "backward_sm80 does not serve the gradient of a relative bias";
   args.p = p;
-  args.terms = terms_of(p);
+  args.terms = terms_of(p, p.heads ? lse_count / p.heads : 0, total_k);
   args.seed = seed;
   args.rows = static_cast<float*>(workspace);
   args.head_rows = backward_rows(p, lse_count);
@@ -101,10 +101,10 @@ extern "C" int64_t saccade_cuda_backward_workspace(const saccade::GradParams* p,
 }
 
 extern "C" const char* saccade_cuda_backward_sm80(const saccade::GradParams* p, const int64_t* seed,
-                                                  void* workspace, int64_t lse_count, int device,
-                                                  void* stream) {
+                                                  void* workspace, int64_t lse_count, int64_t total_k,
+                                                  int device, void* stream) {
   saccade::BackwardArgs args{};
-  std::string error = saccade::prepare_backward(args, *p, seed, workspace, lse_count, device);
+  std::string error = saccade::prepare_backward(args, *p, seed, workspace, lse_count, total_k, device);
   if (error.empty()) error = saccade::run_backward_sm80(args, static_cast<saccade::Stream>(stream));
   return saccade::answer(error);
 }

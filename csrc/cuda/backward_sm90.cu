@@ -41,7 +41,8 @@ bool serves(const GradParams& p, int64_t total_k) {
 std::string backward(const GradParams& p, const int64_t* seed, void* workspace, int64_t lse_count,
                      int64_t total_k, bool deterministic, int device, Stream stream) {
   Backward90Args args{};
-  if (std::string error = prepare_backward(args.all, p, seed, workspace, lse_count, device); !error.empty())
+  if (std::string error = prepare_backward(args.all, p, seed, workspace, lse_count, total_k, device);
+      !error.empty())
     return error;
   if (lse_count == 0 || !serves(p, total_k)) return run_backward_sm80(args.all, stream);
   args.dq = args.all.rows + 3 * args.all.row_count;

@@ -82,17 +82,25 @@ struct BackwardConsumer90 {
     }
     async_fence();
   }
-  // Keys that no query keeps, before dQ = dS K.
+  // Keys that no query keeps, before dQ = dS K. Heads with bounds of their own may leave some between them.
   SACCADE_DEVICE_MEMBER void zero_dead_keys() {
-    int begin = kBlockN, end = 0;
+    uint32_t alive = 0;  // bit n: some head keeps row thread / 8 + 16 n, of those that this thread would zero
     Head x = at.head;
     SACCADE_ROLLED
     for (x.h = block.hk * int(args.all.p.heads / args.all.p.heads_k); x.h <= at.last_head; ++x.h) {
       const Band band = band_of(args.all.p.mask, args.all.terms, x);
-      begin = least(begin, first_key(band, 0) - block.j0);
-      end = most(end, end_key(band, x.seqlen_q - 1) - block.j0);
+      const int begin = first_key(band, 0), end = end_key(band, x.seqlen_q - 1);
+      SACCADE_UNROLL
+      for (int n = 0; n < kBlockN / 16; ++n) {
+        const int j = block.j0 + thread / 8 + 16 * n;
+        if (j >= begin && j < end) alive |= 1u << n;
+      }
     }
-    zero_rows(ring.keys(), kBlockN, begin, end);
+    SACCADE_ROLLED
+    for (int n = 0; n < kBlockN * kHeadDim / 8 / 128; ++n)
+      if (!(alive >> n % (kBlockN / 16) & 1))
+        store_shared(ring.keys() + uint32_t(thread + n * 128) * 16, uint4{0, 0, 0, 0});
+    async_fence();
     consumers_sync();
   }
   // In packed tensors the next sequence's queries follow. Here, too: the other warpgroup may be reading those
@@ -369,7 +377,8 @@ struct BackwardConsumer90 {
         store_shared(entry(tile + uint32_t(t / 8 * kBlockN) * 128, t % 8, half),
                      pack<T>(sums[4 * t + 2 * half], sums[4 * t + 2 * half + 1]));
     group_sync();
-    const Head head = head_of(args.all.p, block.b, block.hk);  // again, rather than kept in registers
+    // Again, rather than kept in registers.
+    const Head head = head_of(args.all.p, args.all.terms, block.b, block.hk);
     T* base = rows_at<T>(to, block.b, block.hk, head.k_begin);
     SACCADE_ROLLED
     for (int c = thread; c < 64 * kHeadDim / 8; c += 128) {
@@ -394,7 +403,7 @@ SACCADE_KERNEL(Shape::kThreads, 1)
 backward_sm90(SACCADE_PARAM Backward90Args args) {
   const BackwardRing90<Shape> ring{(shared_memory() + 1023) & ~1023u};
   const KeyBlock90 block = key_block_of(args.all, Shape::kBlockN);
-  if (block.j0 >= head_of(args.all.p, block.b, block.hk).seqlen_k) return;
+  if (block.j0 >= head_of(args.all.p, args.all.terms, block.b, block.hk).seqlen_k) return;
   if (thread_index() == 0) {
     for (const TensorMap* map : {&args.q, &args.k, &args.v, &args.dout}) prefetch_map(map);
     barrier_init(ring.keys_full(), 1);

@@ -13,13 +13,20 @@ std::string launch_forward(TiledArgs& args, int64_t blocks, Stream stream) {
                 Shape::kThreads, Shape::kSharedBytes, stream, args);
 }
 
-std::string forward(const Params& p, const int64_t* seed, int device, Stream stream) {
+std::string forward(const Params& p, const int64_t* seed, int64_t total_q, int64_t total_k, int device,
+                    Stream stream) {
   if (const char* reason = saccade_cuda_refuses(&p, 80))
     return std::string("forward_sm80 does not serve ") + reason;
   if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) return "";
   if (std::string error = select_device(device); !error.empty()) return error;
-  TiledArgs args{
-      p, terms_of(p), seed, 0, rows_aligned(p.q), rows_aligned(p.k), rows_aligned(p.v), rows_aligned(p.out)};
+  TiledArgs args{p,
+                 terms_of(p, total_q, total_k),
+                 seed,
+                 0,
+                 rows_aligned(p.q),
+                 rows_aligned(p.k),
+                 rows_aligned(p.v),
+                 rows_aligned(p.out)};
   return with_head_dim<32, 64, 128, 256>(
       p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, [&](auto size) {
         constexpr int kHeadDim = decltype(size)::value;
@@ -35,7 +42,8 @@ std::string forward(const Params& p, const int64_t* seed, int device, Stream str
 }  // namespace
 }  // namespace saccade
 
-extern "C" const char* saccade_cuda_forward_sm80(const saccade::Params* p, const int64_t* seed, int device,
-                                                 void* stream) {
-  return saccade::answer(saccade::forward(*p, seed, device, static_cast<saccade::Stream>(stream)));
+extern "C" const char* saccade_cuda_forward_sm80(const saccade::Params* p, const int64_t* seed,
+                                                 int64_t total_q, int64_t total_k, int device, void* stream) {
+  return saccade::answer(
+      saccade::forward(*p, seed, total_q, total_k, device, static_cast<saccade::Stream>(stream)));
 }

@@ -27,7 +27,7 @@ forward_sm80(SACCADE_PARAM TiledArgs args) {
   constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kTiles = kBlockN / 8;
   const Params& p = args.p;
   const int64_t heads = block_index() / args.blocks;
-  const Head x = head_of(p, int(heads / p.heads), int(heads % p.heads));
+  const Head x = head_of(p, args.terms, int(heads / p.heads), int(heads % p.heads));
   // The last block, the longest of a causal mask, first.
   const int i0 = (args.blocks - 1 - int(block_index() % args.blocks)) * kBlockM;
   if (i0 >= x.seqlen_q) return;

@@ -50,7 +50,7 @@ std::string forward(const Params& p, const int64_t* seed, int64_t total_q, int64
   if (std::string error = select_device(device); !error.empty()) return error;
   Forward90Args args{};
   args.counter = static_cast<int*>(counter);
-  args.tiled = {p, terms_of(p), seed, 0, true, true, true, rows_aligned(p.out)};
+  args.tiled = {p, terms_of(p, total_q, total_k), seed, 0, true, true, true, rows_aligned(p.out)};
   if (p.cu_seqlens_k && total_k == 0) args.tiled.p.seqlen_k = 0;  // whatever max_seqlen_k promises
   return with_head_dim<64, 128, 256>(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v, [&](auto size) {
     using Shape = ForwardShape90<decltype(size)::value>;

@@ -53,7 +53,7 @@ SACCADE_DEVICE Item90 item_of(const Forward90Args& args, int index) {
   const int first = index / whole * args.section, within = index % whole;
   const int heads = least(args.section, all - first), head = first + within % heads;
   Item90 item;
-  item.head = head_of(p, head / int(p.heads), head % int(p.heads));
+  item.head = head_of(p, args.tiled.terms, head / int(p.heads), head % int(p.heads));
   item.i0 = (args.tiled.blocks - 1 - within / heads) * Shape::kBlockM;
   item.empty = item.i0 >= item.head.seqlen_q;
   item.band = band_of(p.mask, args.tiled.terms, item.head);

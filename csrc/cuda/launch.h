@@ -14,10 +14,12 @@ extern "C" {
 // Why the kernels cannot serve a call, or null; looks at no data. `sm` is 80 or 90.
 const char* saccade_cuda_refuses(const saccade::Params* p, int sm);
 
-const char* saccade_cuda_forward_sm80(const saccade::Params* p, const int64_t* seed, int device,
-                                      void* stream);
+// total_q and total_k: rows of packed q and of packed k and v, beyond which nothing is read or written; not
+// looked at where nothing is packed.
+const char* saccade_cuda_forward_sm80(const saccade::Params* p, const int64_t* seed, int64_t total_q,
+                                      int64_t total_k, int device, void* stream);
 
-// Hopper's. total_q and total_k: rows of packed q and of packed k and v; not read where nothing is packed.
+// Hopper's.
 const char* saccade_cuda_forward_sm90(const saccade::Params* p, const int64_t* seed, int64_t total_q,
                                       int64_t total_k, int device, void* stream);
 // The same; blocks whose work differs in length take more of it as they come free. `counter`: four bytes on
@@ -32,7 +34,7 @@ const char* saccade_cuda_forward_sm90_counted(const saccade::Params* p, const in
 int64_t saccade_cuda_backward_workspace(const saccade::GradParams* p, int64_t lse_count, int deterministic,
                                         int device);
 const char* saccade_cuda_backward_sm80(const saccade::GradParams* p, const int64_t* seed, void* workspace,
-                                       int64_t lse_count, int device, void* stream);
+                                       int64_t lse_count, int64_t total_k, int device, void* stream);
 const char* saccade_cuda_backward_sm90(const saccade::GradParams* p, const int64_t* seed, void* workspace,
                                        int64_t lse_count, int64_t total_k, int deterministic, int device,
                                        void* stream);

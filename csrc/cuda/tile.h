@@ -20,10 +20,11 @@ struct Terms {
   float scale, per_cap, softcap;  // scale / softcap
   bool dropout;
   uint32_t threshold;          // dropout keeps 16-bit numbers from here on
-  float keep_scale;            // 1 / (1 - dropout_p)
+  float keep_scale;            // 1 / (1 - dropout_p), or 0 where all is dropped
   bool sink;                   // one more term in the sum, a number per head or 0
   bool may_be_dead;            // keys that no row keeps may lie between keys that some row keeps
   int chunk_size, chunk_left;  // of the mask; a size of 0: it has no chunks
+  int64_t total_q, total_k;    // rows of packed q and of packed k and v; not read where nothing is packed
 };
 
 // Row i keeps an interval of keys whose ends never fall from a row to the next. Where chunks end, a band
@@ -34,7 +35,7 @@ inline bool chunks_leave_gaps(const MaskParams& m) {
   return m.num_chunks && (m.head_bounds || !diagonal);
 }
 
-inline Terms terms_of(const Params& p) {
+inline Terms terms_of(const Params& p, int64_t total_q = 0, int64_t total_k = 0) {
   Terms t{};
   t.bare = p.softcap == 0 && !p.bias && !p.rel_bias && p.scale > 0;
   t.unit = t.bare ? float(p.scale) : 1.0f;
@@ -44,7 +45,7 @@ inline Terms terms_of(const Params& p) {
   t.per_cap = p.softcap != 0 ? float(p.scale / p.softcap) : 0.0f;
   t.dropout = p.dropout_p > 0;
   t.threshold = dropout_threshold(p.dropout_p);
-  t.keep_scale = float(1 / (1 - p.dropout_p));
+  t.keep_scale = p.dropout_p < 1 ? float(1 / (1 - p.dropout_p)) : 0.0f;  // 0 x infinity is NaN
   t.sink = p.sink || p.activation == Activation::kSoftmax1;
   t.may_be_dead = p.bias || p.mask.keep || p.mask.q_ids || chunks_leave_gaps(p.mask);
   if (p.mask.num_chunks) {  // sizes beyond the longest sequence are all alike
@@ -53,6 +54,8 @@ inline Terms terms_of(const Params& p) {
     t.chunk_size = int(size);
     t.chunk_left = int(p.mask.chunks[1] < all ? p.mask.chunks[1] : all);
   }
+  t.total_q = total_q;
+  t.total_k = total_k;
   return t;
 }
 
@@ -84,16 +87,17 @@ struct Head {
   int64_t q_begin, k_begin;  // rows in front of it in a packed tensor
 };
 
-SACCADE_DEVICE Head head_of(const Params& p, int b, int h) {
+// The length of packed sequence b: of rows that there are, and no longer than was promised, whatever the
+// device holds.
+SACCADE_DEVICE int span_of(const int64_t* cu_seqlens, int b, int64_t total, int longest, int64_t& begin) {
+  begin = least64(most64(load_global(cu_seqlens + b), 0), total);
+  const int64_t end = least64(load_global(cu_seqlens + b + 1), total);
+  return int(least64(most64(end - begin, 0), longest));
+}
+SACCADE_DEVICE Head head_of(const Params& p, const Terms& t, int b, int h) {
   Head x{b, h, h / int(p.heads / p.heads_k), int(p.seqlen_q), int(p.seqlen_k), 0, 0};
-  if (p.cu_seqlens_q) {
-    x.q_begin = load_global(p.cu_seqlens_q + b);
-    x.seqlen_q = int(load_global(p.cu_seqlens_q + b + 1) - x.q_begin);
-  }
-  if (p.cu_seqlens_k) {
-    x.k_begin = load_global(p.cu_seqlens_k + b);
-    x.seqlen_k = int(load_global(p.cu_seqlens_k + b + 1) - x.k_begin);
-  }
+  if (p.cu_seqlens_q) x.seqlen_q = span_of(p.cu_seqlens_q, b, t.total_q, x.seqlen_q, x.q_begin);
+  if (p.cu_seqlens_k) x.seqlen_k = span_of(p.cu_seqlens_k, b, t.total_k, x.seqlen_k, x.k_begin);
   return x;
 }
 
@@ -118,7 +122,9 @@ SACCADE_DEVICE Band band_of(const MaskParams& m, const Terms& t, const Head& x) 
   int64_t band[4];
   for (int i = 0; i < 4; ++i) band[i] = m.head_bounds ? load_global(m.head_bounds + 4 * x.h + i) : m.band[i];
   const int64_t shift = x.seqlen_k - x.seqlen_q;
-  const int64_t low = most64(shift - band[0], -band[2]), high = least64(shift + band[1], band[3]) + 1;
+  int64_t low = most64(shift - band[0], -band[2]), high = least64(shift + band[1], band[3]) + 1;
+  // Where a row keeps nothing none does; their empty intervals would span keys all the same.
+  if (low >= high) low = kFar, high = -kFar;
   const int64_t keys = m.lengths ? least64(x.seqlen_k, load_global(m.lengths + x.b)) : x.seqlen_k;
   return {int(most64(-kFar, least64(low, kFar))),
           int(most64(-kFar, least64(high, kFar))),
@@ -199,8 +205,15 @@ SACCADE_DEVICE bool keeps_pair(const MaskParams& m, int b, int i, int j) {
   return true;
 }
 
+// Near 0, where the difference would cancel, an odd polynomial, exact to rounding (minimax in x^2).
 SACCADE_DEVICE float tanh_of(float x) {
-  return 1 - 2 * reciprocal_approx(1 + exp2_approx(2 * kLog2E * x));  // exact at both infinities
+  const float far = 1 - 2 * reciprocal_approx(1 + exp2_approx(2 * kLog2E * x));  // exact at both infinities
+  const float z = x * x;
+  float p = fmaf(z, -0.005704978480935097f, 0.020639078691601753f);
+  p = fmaf(p, z, -0.05373971164226532f);
+  p = fmaf(p, z, 0.13331441581249237f);
+  p = fmaf(p, z, -0.3333328068256378f);
+  return z < 0.390625f ? fmaf(x * z, p, x) : far;
 }
 
 SACCADE_DEVICE float load_float(const void* p, DType type, int64_t at) {

@@ -108,6 +108,12 @@ def main() -> None:
     parser.add_argument("--speakers", type=int, default=60, help="how many voices to make up (default 60)")
     parser.add_argument("--utterances", type=int, default=20, help="of each for training (default 20)")
     asked = parse(parser)
+    if asked.data is not None and not (asked.data / "metadata.json").is_file():
+        parser.error(f"--data: no metadata.json in {asked.data}")
+    if asked.data is None and (
+        min(asked.speakers, asked.utterances) < 1 or asked.speakers * asked.utterances < 2
+    ):
+        parser.error("--speakers, --utterances: expected two utterances at least, of one speaker or two")
     folder = asked.data
     if folder is None:
         folder = asked.out / f"voices-{asked.speakers}-{asked.utterances}"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import nn, patterns, position, reference
+from . import nn, op_gradients, patterns, position, reference  # noqa: F401 (op_gradients registers itself)
 from .accelerate import accelerate, restore
 from .dropout import dropout_mask
 from .explain import Explanation, explain

@@ -9,13 +9,18 @@ USAGE = """usage: python -m saccade COMMAND
 
   doctor   what is installed, what runs on this machine, and a self-check
   bench    time attention beside its peers (bench --help: its options)
+
+  --version   the version of the package
 """
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
-    if arguments in (["-h"], ["--help"]):
+    if arguments in (["-h"], ["--help"], ["doctor", "-h"], ["doctor", "--help"]):
         print(USAGE, end="")
+        return 0
+    if arguments == ["--version"]:
+        print(f"saccade {import_module('saccade').__version__}")
         return 0
     command, *rest = arguments or [""]
     if command == "doctor" and not rest:

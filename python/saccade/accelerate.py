@@ -86,13 +86,15 @@ def accelerate(model: torch.nn.Module, *, verify: bool = True) -> Report:
     does not is put back and reported. A torch module is called past its hooks; a Hugging Face model is run as
     a whole, on a few tokens. torch's random generators are left as they were.
 
-    Raises TypeError when `model` is not a module.
+    Raises TypeError when `model` is not a module or `verify` not a bool.
     """
     _check_module(model)
+    if not isinstance(verify, bool):
+        raise TypeError(f"verify: expected a bool, got {type(verify).__name__}")
     report = Report()
     for name, module in list(model.named_modules()):
         if isinstance(module, tuple(SWAPS)):
-            report._add(name, _obstacle(module) or _swap(module, verify))
+            report._add(name, _obstacle(module, verify) or _swap(module, verify))
         elif direct.calls_sdpa(module):
             report._add(name, direct.swap(module, verify), "its calls of F.scaled_dot_product_attention")
     if "transformers.modeling_utils" in sys.modules:  # else there is no such model
@@ -129,11 +131,20 @@ def _base(module: torch.nn.Module) -> type:
     return cls.__bases__[0] if own else cls
 
 
-def _obstacle(module: Any) -> str:
+def _is_sharded(module: torch.nn.Module) -> bool:
+    """Whether a parameter is a DTensor, as FSDP2 and tensor parallelism make them."""
+    known = sys.modules.get("torch.distributed.tensor")  # else there are none
+    return known is not None and any(isinstance(p, known.DTensor) for p in module.parameters())
+
+
+def _obstacle(module: Any, verify: bool) -> str:
     """Why a module must not be swapped; empty when it may."""
     if isinstance(module, tuple(SWAPS.values())):
         return "runs on saccade already"
-    if _base(module) not in SWAPS:
+    is_torchs = _base(module) in SWAPS
+    if _is_sharded(module) and (verify or not is_torchs):  # fully_shard gives a module a class of its own
+        return "its parameters are sharded (DTensor): accelerate the model before it is sharded"
+    if not is_torchs:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         return f"a subclass of torch's ({kind}), which may mean something else"
     if "forward" in module.__dict__:

@@ -17,12 +17,14 @@ from torch.autograd.function import Function
 from . import gather, ops
 from .backends import reference
 from .problem import NORMALISED, Problem, Spec
-from .transforms import is_batched_by_autograd, jvp_by_vjp, loop_over_entries, vjp, vmap_by_loop
+from .transforms import around, is_batched_by_autograd, jvp_by_vjp, loop_over_entries, vjp, vmap_by_loop
 
 Tensors = tuple[Tensor | None, ...]
 COUNT = 12  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias, edge e, edge W
 _HEADS = 5  # dout, dlse, out, lse, the mixed edge features
 _SINK = 6
+# Place among the tensors -> bit among the operator's gradients, in the order in which it returns them.
+_BITS = {n: 1 << bit for bit, n in enumerate((0, 1, 2, 3, 4, 5, 7, 8))}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +47,9 @@ def attend(problem: Problem, body: int, operators: Any = ops) -> tuple[Tensor, T
     if untracked(tensors):
         out, lse, *_ = _run(call, tensors, spec.seed)
         return out, lse
+    if beyond_functions():
+        out, lse = reference.attend(spec, tensors)
+        return out, lse.double()
     if torch.compiler.is_compiling():
         apply, tensors = Forward.apply, distinct(tensors)
     elif torch._C._get_tracing_state() is not None:
@@ -69,14 +74,28 @@ def distinct(tensors: Tensors) -> Tensors:
 
 
 def untracked(tensors: Tensors) -> bool:
-    """No derivative and no transform looks at this call, so the operator may run bare."""
+    """No derivative and no transform looks at this call, so the operator may run bare. In programs that
+    `torch.export` writes down it always does: a Function would be lost there, operators have `op_gradients`.
+    """
+    if torch.compiler.is_exporting() and not around():
+        return True
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return False
     if torch.compiler.is_compiling():
-        return True
+        return all(kind == "Vmap" for kind in around())  # the compiler's own loop serves bare operators
     return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def beyond_functions() -> bool:
+    """Whether the transforms around a tracked call ask for more than torch's Functions give: forward mode
+    within forward mode and, compiled, any at all (the compiler loses gradients there). The reference serves
+    those.
+    """
+    if torch.compiler.is_compiling():
+        return bool(around())
+    return torch._C._functorch.peek_interpreter_stack() is not None and around().count("Jvp") > 1
 
 
 class Forward(Function):
@@ -169,8 +188,8 @@ class Backward(Function):
         dout, dlse, out, lse, mixed, *tensors, seed, call, wanted = args
         found = _gradients(call, (dout, dlse, out, lse, mixed), tuple(tensors), seed, wanted)
         if _SINK in wanted:
-            found[_SINK] = _sink_gradient(call.spec, dout, dlse, out, lse, tensors[_SINK])
-        return tuple(found[n].to(tensors[n].dtype) for n in wanted)
+            found[_SINK] = sink_gradient(call.spec.layout.is_varlen, dout, dlse, out, lse, tensors[_SINK])
+        return tuple(_as(found[n], tensors[n].dtype) for n in wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -203,6 +222,10 @@ class Backward(Function):
         return vmap_by_loop(Backward.apply, info, in_dims, args)
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _run(call: Call, tensors: Tensors, seed: Tensor | None) -> tuple[Tensor, ...]:
     if call.body == ops.GATHER:
         return gather.forward(call.ops, call.spec, tensors, seed)
@@ -219,24 +242,25 @@ def _gradients(
     """The operators' gradients of the inputs wanted, by place; the sink's is not theirs."""
     if call.body == ops.GATHER:
         return gather.backward((call.ops, call.spec), grads, tensors, seed, wanted)
-    places = (0, 1, 2, 3, 4, 5, 7, 8)  # in the order in which the operator returns them
-    bits = sum(1 << bit for bit, n in enumerate(places) if n in wanted)
+    bits = 0
+    for n in wanted:
+        bits |= _BITS.get(n, 0)
     if not bits:
         return {}
-    return dict(
-        zip(places, call.ops.backward(call.spec, grads[:4], tensors, seed, (call.body, bits)), strict=True)
-    )
+    found = call.ops.backward(call.spec, grads[:4], tensors, seed, (call.body, bits))
+    return dict(zip(_BITS, found, strict=True))
 
 
-def _sink_gradient(
-    spec: Spec, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink: Tensor
+def sink_gradient(
+    packed: bool, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink: Tensor
 ) -> Tensor:
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [B, H, Sq], packed [total, H]
-    delta = delta.t() if spec.layout.is_varlen else delta
+    """[H], of `out` [B, H, Sq, Dv] and `lse` [B, H, Sq], or packed [total, H, Dv] and [H, total]."""
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    delta = delta.t() if packed else delta
     if dlse is not None:
         delta = delta - dlse
     share = torch.where(lse == -torch.inf, 0.0, torch.exp(sink[:, None] - lse))
-    return -(share * delta).sum(-1) if spec.layout.is_varlen else -(share * delta).sum((0, 2))
+    return -(share * delta).sum(-1) if packed else -(share * delta).sum((0, 2))
 
 
 def present_of(tensors: list[Tensor | None] | Tensors) -> list[int]:

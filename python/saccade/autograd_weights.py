@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import ops
-from .autograd import COUNT, Call, Tensors, attend, distinct, placed, present_of, untracked
+from .autograd import COUNT, Call, Tensors, attend, beyond_functions, distinct, placed, present_of, untracked
 from .backends import reference
 from .bodies import needs_gather
 from .problem import Problem, Spec
@@ -37,6 +37,8 @@ def attention_weights(problem: Problem, lse: Tensor, average: bool, operators: A
         operators = ReferenceWeights
     if untracked(tensors):
         return operators.weights(spec, lse, tensors, spec.seed, average)
+    if beyond_functions():
+        return ReferenceWeights.weights(spec, None, tensors, spec.seed, average)
     if torch.compiler.is_compiling():
         function: type[Function] = PlainWeights
         tensors = distinct(tensors)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,6 @@ from .testing import Shape, check_attention, make_inputs
 _OPTIONAL = ("triton", "torch-geometric", "rich", "matplotlib", "pytest-benchmark")
 _ON_GPU = ("cuda", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NOT_BUILT = "operator library not built; reinstall with: pip install -v --no-build-isolation ."
 
 
 def doctor() -> int:
@@ -75,10 +75,8 @@ def _devices() -> Lines:
 
 def _compiled() -> Lines:
     if not ops.LOADED:
-        yield "! operators", f"{NOT_BUILT} ({ops.WHY_NOT})", False
+        yield "! operators", ops.WHY_NOT, False
     else:
-        current, *supported = torch.ops.saccade.cpu_isa("").split()
-        usable = [name for name in supported if not name.startswith("emulated")]
         yield "operators", ops.PATH, True
         archs = ", ".join(f"sm_{arch}" for arch in ops.CUDA_ARCHS)
         yield (
@@ -86,14 +84,7 @@ def _compiled() -> Lines:
             f"compiled for {archs}" if archs else "not compiled (no nvcc at build time)",
             True,
         )
-        yield "instruction set", f"{current} in use; this processor can run {', '.join(usable)}", True
-        if forced := os.environ.get("SACCADE_CPU_ISA"):
-            fine = forced == current
-            yield (
-                ("" if fine else "! ") + "SACCADE_CPU_ISA",
-                f"{forced}{'' if fine else ', which cannot run here'}",
-                fine,
-            )
+        yield _instruction_set()
     try:
         facts = import_module("saccade._C")
     except ImportError as error:
@@ -102,6 +93,16 @@ def _compiled() -> Lines:
     yield "compiler", f"{facts.compiler}, for torch {'.'.join(map(str, facts.torch_target))} and later", True
     yield "compiled sets", ", ".join(facts.instruction_sets), True
     yield "processor features", ", ".join(facts.cpu_features()) or "none asked for", True
+
+
+def _instruction_set() -> tuple[str, str, bool]:
+    try:
+        current, *supported = torch.ops.saccade.cpu_isa("").split()
+    except RuntimeError as error:  # SACCADE_CPU_ISA names none of this processor's
+        return "! instruction set", str(error), False
+    usable = [name for name in supported if not name.startswith("emulated")]
+    forced = " (SACCADE_CPU_ISA)" if os.environ.get("SACCADE_CPU_ISA") else ""
+    return "instruction set", f"{current} in use{forced}; this processor can run {', '.join(usable)}", True
 
 
 def _backends() -> Lines:
@@ -122,21 +123,27 @@ def _checks() -> Lines:
     for name in names:
         device = "cuda" if name in _ON_GPU else "cpu"
         for dtype in _DTYPES[1:3] if name == "cuda" else _DTYPES:
-            try:
-                inputs = make_inputs(
-                    Shape(seqlen_q=67, seqlen_k=131, heads_k=2, head_dim=40, head_dim_v=24),
-                    dtype,
-                    device=device,
-                )
-                check_attention(inputs, Causal(), name)
-                verdict, fine = "ok", True
-            except (AssertionError, RuntimeError, NotImplementedError) as error:
-                verdict, fine = f"{type(error).__name__}: {error}", False
+            verdict, fine = _outcome(partial(_check, name, dtype, device))
             yield f"{'' if fine else '! '}{name} {str(dtype).removeprefix('torch.')}", verdict, fine
+    verdict, fine = _outcome(_check_default)
+    yield f"{'' if fine else '! '}default call", verdict, fine
+
+
+def _outcome(check: Callable[[], str]) -> tuple[str, bool]:
+    try:
+        return check(), True
+    except (AssertionError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}", False
+
+
+def _check(name: str, dtype: torch.dtype, device: str) -> str:
+    shape = Shape(seqlen_q=67, seqlen_k=131, heads_k=2, head_dim=40, head_dim_v=24)
+    check_attention(make_inputs(shape, dtype, device=device), Causal(), name)
+    return "ok"
+
+
+def _check_default() -> str:
     q = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    same = torch.allclose(attention(q, q, q), reference.attention(q, q, q), atol=1e-5)
-    yield (
-        f"{'' if same else '! '}default call",
-        "agrees with the reference" if same else "differs from the reference",
-        same,
-    )
+    if not torch.allclose(attention(q, q, q), reference.attention(q, q, q), atol=1e-5):
+        raise AssertionError("differs from the reference")
+    return "agrees with the reference"

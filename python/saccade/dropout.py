@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import as_int, is_int, probability
+
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -56,30 +58,22 @@ def as_seed(seed: object, device: torch.device) -> Tensor:
             got = f"{seed.dtype} {list(seed.shape)} on {seed.device}"
             raise ValueError(f"seed: expected an int64 tensor of one element on {device}, got {got}")
         return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_int(seed):
         raise TypeError(f"seed: expected an int or an int64 tensor of one element, got {type(seed).__name__}")
-    wrapped = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    wrapped = (as_int(seed) + (1 << 63)) % (1 << 64) - (1 << 63)
     return torch.full((1,), wrapped, dtype=torch.int64, device=device)
-
-
-def check_probability(dropout_p: object) -> float:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
-        raise TypeError(f"dropout_p: expected a float, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p <= 1, got {dropout_p}")
-    return float(dropout_p)
 
 
 def dropout_mask(seed: int | Tensor, dropout_p: float, B: int, H: int, Sq: int, Sk: int) -> Tensor:
     """[B, H, Sq, Sk] bool, True where a weight is kept: the mask every backend uses for this seed."""
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
-    p = check_probability(dropout_p)
+    p = probability("dropout_p", dropout_p)
 
     def axis(n: int, dim: int) -> Tensor:
         return torch.arange(n, device=device).view([-1 if d == dim else 1 for d in range(4)])
 
     for name, size in (("B", B), ("H", H), ("Sq", Sq), ("Sk", Sk)):
-        if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
+        if not is_int(size):
             raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
         if size < 0:
             raise ValueError(f"{name}: expected a size >= 0, got {size}")

@@ -55,7 +55,8 @@ def attention(  # noqa: PLR0913
             `&`.
         causal, window: joined to `mask` as Causal() and Window(*window).
         bias: float, broadcasts to [B, H, Sq, Sk]; added to the logits; -inf masks its pair.
-        edge_bias: [E] or [H, E], added to the logit of each edge of the mask's Graph.
+        edge_bias: [E] or [H, E], added to the logit of each edge of the mask's Graph; of several graphs
+            joined with `&`, E counts the edges of the first.
         edge_attr: (e [E, De], W [H, D, De]): logits take q.(k + W e), outputs v + W e (TransformerConv of
             2009.03509).
         position: ALiBi, T5, Shaw, TransformerXL or RoPE.
@@ -189,6 +190,7 @@ def scaled_dot_product_attention(  # noqa: PLR0913
     bias = None
     if attn_mask is not None:
         full = (*lead, *query.shape[-3:-2], query.shape[-2], key.shape[-2])
+        _check_broadcast(attn_mask, full)
         bias, padding = _dense_mask(attn_mask, full, q)
         if padding is not None:
             mask = padding if mask is None else mask & padding
@@ -213,6 +215,14 @@ def _check_sdpa(query: Any, key: Any, value: Any, attn_mask: Any, grouped: bool)
         )
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ValueError(f"attn_mask: expected dtype bool or float, got {attn_mask.dtype}")
+
+
+def _check_broadcast(attn_mask: Tensor, full: tuple[int, ...]) -> None:
+    sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    if attn_mask.dim() > max(len(full), 4) or any(n != 1 and n != want for n, want in sizes):
+        raise ValueError(
+            f"attn_mask: expected a shape that broadcasts to {list(full)}, got {list(attn_mask.shape)}"
+        )
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -252,11 +262,15 @@ def _dense_mask(attn_mask: Tensor, full: tuple[int, ...], q: Tensor) -> tuple[Te
 
 
 def merge(outs: Any, lses: Any) -> tuple[Tensor, Tensor]:
-    """Join attention over disjoint key sets: `outs` of [..., Dv] and `lses` of [...], each a sequence or
-    stacked on dim 0.
+    """Join attention over disjoint key sets: `outs`, a sequence of [..., Dv], and `lses`, one of [...].
 
     Returns (out, lse), differentiable. Empty rows (lse -inf) take no part. Give a sink to one part only.
     """
+    for name, given in (("outs", outs), ("lses", lses)):
+        if isinstance(given, Tensor):
+            raise TypeError(
+                f"merge: expected {name} as a sequence of tensors, got one of {list(given.shape)}"
+            )
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import graph_forms
+from .checks import as_int, is_int
 from .graph_forms import rows_of
 from .kernels.config import ITEM
 from .maskbase import Dims, Index, Mask, set_fields, untraced
@@ -141,7 +142,9 @@ class Graph(Mask):
 
     @staticmethod
     def intersect(graphs: list[Graph]) -> Graph:
-        """The edges of the first graph whose pair all the others have. They keep the first one's numbers."""
+        """The edges of the first graph whose pair all the others have. They keep the first one's numbers, and
+        so its edge_bias and edge_attr.
+        """
         first = graphs[0]
         if any((g.num_queries, g.num_keys) != (first.num_queries, first.num_keys) for g in graphs):
             raise ValueError(f"mask: expected graphs of one size, got {' & '.join(map(repr, graphs))}")
@@ -360,9 +363,8 @@ def _from_pairs(queries: Tensor, keys: Tensor, num_queries: int, num_keys: int) 
     sorted_already = bool((order.diff() > 0).all())
     counts = torch.zeros(num_queries + 1, dtype=torch.int64, device=keys.device)
     counts.index_add_(0, queries + 1, torch.ones_like(queries))
-    indices = keys if sorted_already else keys[order]
-    if num_keys <= torch.iinfo(torch.int32).max:
-        indices = indices.int()
+    dtype = torch.int32 if num_keys <= torch.iinfo(torch.int32).max else torch.int64
+    indices = (keys if sorted_already else keys[order]).to(dtype, copy=True)  # never the caller's memory
     ids = None if sorted_already else order
     return Graph(counts.cumsum(0), indices.contiguous(), ids, num_keys, pairs.numel())
 
@@ -371,11 +373,11 @@ def _sizes(
     num_nodes: Any, name: str = "num_nodes", wanted: str = "an int or (num_sources, num_targets)"
 ) -> tuple[int, int]:
     sizes = tuple(num_nodes) if isinstance(num_nodes, tuple | list) else (num_nodes, num_nodes)
-    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
+    if len(sizes) != 2 or not all(map(is_int, sizes)):
         raise TypeError(f"{name}: expected {wanted}, got {num_nodes!r}")
     if min(sizes) < 0:
         raise ValueError(f"{name}: expected sizes >= 0, got {num_nodes!r}")
-    return sizes[0], sizes[1]
+    return as_int(sizes[0]), as_int(sizes[1])
 
 
 def _check_index_dtype(name: str, value: Tensor) -> None:

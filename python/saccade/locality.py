@@ -19,14 +19,14 @@ def cuthill_mckee(sources: Tensor, targets: Tensor, num_nodes: int) -> Tensor:
     pairs = torch.cat([sources * num_nodes + targets, targets * num_nodes + sources])
     pairs = torch.unique(pairs[torch.cat([sources, targets]) != torch.cat([targets, sources])])
     first, second = (pairs // num_nodes, pairs % num_nodes) if num_nodes else (pairs, pairs)
-    return _breadth_first(torch.searchsorted(first, torch.arange(num_nodes + 1)), second)
+    return _breadth_first(torch.searchsorted(first, torch.arange(num_nodes + 1, device=first.device)), second)
 
 
 def _breadth_first(indptr: Tensor, indices: Tensor) -> Tensor:
     num_nodes = indptr.numel() - 1
     degree = indptr.diff()
     # Each row's neighbours by rising degree, once for all.
-    rows = torch.repeat_interleave(torch.arange(num_nodes), degree)
+    rows = torch.repeat_interleave(torch.arange(num_nodes, device=degree.device), degree)
     by_degree = torch.argsort(rows * (num_nodes + 1) + degree[indices], stable=True)
     ptr, neighbours = indptr.tolist(), indices[by_degree].tolist()
     seen = bytearray(num_nodes)
@@ -44,4 +44,4 @@ def _breadth_first(indptr: Tensor, indices: Tensor) -> Tensor:
                 if not seen[other]:
                     seen[other] = 1
                     order.append(other)
-    return torch.tensor(order[::-1], dtype=torch.int64)
+    return torch.tensor(order[::-1], dtype=torch.int64, device="cpu")

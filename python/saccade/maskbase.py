@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from .graph import Graph
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_TRACERS = (_PROXY, torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+_TRANSFORMS = "FuncTorchDynamicLayerFrontMode"  # the dispatch key of torch.func
 UNBOUNDED = 1 << 62  # a bound no position reaches; twice it still fits in int64
 Index = Tensor | int
 
@@ -174,7 +178,7 @@ class Mask:
         """The normal form for a call of these dimensions; kept for the next call of the same ones."""
         from .join import resolve
 
-        if torch.compiler.is_compiling() or _has_modes():  # traced or fake tensors are not for the next call
+        if torch.compiler.is_compiling() or has_modes():  # traced or fake tensors are not for the next call
             return resolve(self, dims)
         last = getattr(self, "_resolved", None)
         if last is None or last[0] != dims:
@@ -201,9 +205,30 @@ def values_are_known(x: Tensor) -> bool:
     return not x.is_meta and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
-def _has_modes() -> bool:
+def has_modes() -> bool:
     """Whether a FakeTensorMode, a tracer or another dispatch mode is active."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def unwatched(x: Tensor) -> bool:
+    """Whether the values of `x` may be read, and what they say be kept: it has some, and no compiler, tracer
+    or transform looks on, which would take the answer for a constant. Modes that only count or save may look
+    on: a checkpoint that computes again outside of them must do the same.
+    """
+    if not values_are_known(x) or _has_tracers():
+        return False
+    if forward_ad._current_level >= 0 and x.is_floating_point():
+        return False  # it may have a tangent
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    return not in_transform or torch._C._dispatch_tls_is_dispatch_key_excluded(_TRANSFORMS)  # by `plainly`
+
+
+def _has_tracers() -> bool:
+    """Whether torch.jit.trace, make_fx or a FakeTensorMode is active."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    before = torch._ops._get_dispatch_mode_pre_dispatch(_PROXY) is not None
+    return before or has_modes() and any(torch._C._get_dispatch_mode(k) is not None for k in _TRACERS)
 
 
 @contextlib.contextmanager
@@ -214,7 +239,7 @@ def plainly(*given: object) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        if _has_modes():
+        if has_modes():
             stack.enter_context(_disable_current_modes())
         if torch._C._functorch.peek_interpreter_stack() is not None and not any(map(_is_wrapped, given)):
             stack.enter_context(torch._C._DisableFuncTorch())
@@ -242,7 +267,7 @@ def untraced(what: str) -> Callable[[Callable[_Given, _Built]], Callable[_Given,
         @functools.wraps(build)
         def plain(*args: _Given.args, **kwargs: _Given.kwargs) -> _Built:
             given = (*args, *kwargs.values())
-            if _has_modes() and any(isinstance(x, FakeTensor) for x in given):
+            if has_modes() and any(isinstance(x, FakeTensor) for x in given):
                 raise RuntimeError(f"saccade builds from real tensors, these are fake: {what}")
             with plainly(*given):
                 return build(*args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import int_at_least
+from .checks import as_int, int_at_least, is_int
 from .maskbase import NO_MASK, UNBOUNDED, Dims, Index, Mask, MaskArgs, set_fields, values_are_known
 
 __all__ = [
@@ -22,7 +22,7 @@ def as_bound(name: str, value: object) -> Bound:
     """An int, None or an int64 tensor [H]; anything else is refused."""
     if value is None:
         return value
-    if isinstance(value, bool) or not isinstance(value, int | Tensor | torch.SymInt):
+    if not isinstance(value, Tensor) and not is_int(value):
         raise TypeError(f"{name}: expected an int, None or an integer tensor [H], got {type(value).__name__}")
     if isinstance(value, Tensor):
         _check_unmapped(name, value)
@@ -32,7 +32,7 @@ def as_bound(name: str, value: object) -> Bound:
         if value.dim() != 1:
             raise ValueError(f"{name}: expected shape [H], got {list(value.shape)}")
         return value.detach().to(torch.int64).clamp(-UNBOUNDED, UNBOUNDED).contiguous()
-    clamped: Any = max(-UNBOUNDED, min(value, UNBOUNDED))  # a traced length stays one
+    clamped: Any = max(-UNBOUNDED, min(as_int(value), UNBOUNDED))  # a traced length stays one
     return clamped
 
 
@@ -144,7 +144,7 @@ class Window(Band):
 
     __slots__ = ()
 
-    def __init__(self, left: Bound = None, right: Bound = None, *, align: str = "end") -> None:
+    def __init__(self, left: Bound, right: Bound, *, align: str = "end") -> None:
         for name, value in (("left", left), ("right", right)):
             bound = as_bound(name, value)
             if isinstance(bound, Tensor):
@@ -187,7 +187,9 @@ class KeyPadding(Mask):
             raise ValueError(f"keep: expected dtype torch.bool, got {value.dtype}")
         _check_integers("lengths", value)
         if value.dim() > 1:
-            raise ValueError(f"lengths: expected shape [B], got {list(value.shape)}")
+            raise ValueError(
+                f"lengths: expected shape [B], got {list(value.shape)}; a mask of keys [B, Sk] is bool"
+            )
         longest = 0
         if value.numel() and values_are_known(value):
             least, longest = (int(x) for x in value.aminmax())
@@ -328,8 +330,7 @@ class Chunks(Mask):
     align: str | None
 
     def __init__(self, size: int, left: int | None = None, *, align: str | None = None) -> None:
-        int_at_least("size", size, 1)
-        int_at_least("left", 0 if left is None else left, 0)
+        size, left = int_at_least("size", size, 1), None if left is None else int_at_least("left", left, 0)
         if align not in (None, "end"):
             raise ValueError(f'align: expected None or "end", got {align!r}')
         # A chunk number times the size must stay within int64.

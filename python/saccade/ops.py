@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,84 @@ from .layout import memory_order
 from .problem import DOT, NORMALISED, SOFTMAX1, Spec, accumulator
 
 TILED, DECODE, GATHER = 0, 1, 2
-PATH = os.environ.get("SACCADE_OPS_LIBRARY") or str(Path(__file__).with_name("libsaccade_ops.so"))
+_NAMED = os.environ.get("SACCADE_OPS_LIBRARY")
+PATH = _NAMED or str(Path(__file__).with_name("libsaccade_ops.so"))
+_OPS = torch.ops.saccade
 _NO_GRAPH = (None, None, None)
 
 
+# The arguments of the operators as they are passed below: a library of other sources has others.
+_OPTIONS = (
+    "Tensor? seed, Tensor? head_bounds, Tensor? lengths, Tensor? keep, Tensor? q_ids, Tensor? k_ids, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? page_table, Tensor? beam, "
+    "Tensor? tile_ptr, Tensor? tile_col, Tensor? tile_bits, SymInt[] band, SymInt[]? chunks, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, int score, int activation, float scale, float softcap, "
+    "float slope, float dropout_p"
+)
+_TERMS = "Tensor? bias, Tensor? rel_bias, Tensor? weight"
+_CALL = (
+    f"Tensor q, Tensor k, Tensor v, {_TERMS}, Tensor? sink, Tensor? extra_k, Tensor? extra_v, {_OPTIONS}, "
+    "int body"
+)
+_GRAPH = "Tensor indptr, Tensor indices, Tensor? edge_ids, Tensor? edge_bias, Tensor? edge_q, Tensor? edge_x"
+_EXPECTED = {
+    "forward": f"{_CALL}, int[] out_order",
+    "forward_weights": f"{_CALL}, int[] out_order, bool average",
+    "backward": f"Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_CALL}, int needs, bool deterministic",
+    "weights": f"Tensor lse, Tensor q, Tensor k, {_TERMS}, Tensor? extra_k, {_OPTIONS}, bool average",
+    "gather_forward": f"{_CALL}, {_GRAPH}, int[] out_order",
+    "gather_backward": "Tensor dout, Tensor? dlse, Tensor? dout_edge, Tensor out, Tensor lse, "
+    f"Tensor out_edge, {_CALL}, {_GRAPH}, Tensor t_indptr, Tensor t_rows, Tensor t_edges, int needs",
+    "cpu_isa": "str name",
+    "cuda_archs": "",
+}
+
+
 def _load() -> tuple[bool, str]:
+    """Whether the library serves this file, and if not, why."""
+    build = "build it with: pip install -v --no-build-isolation [-e] ."
     if not Path(PATH).is_file():
-        return False, f"no file {PATH}; build the package with a C++ compiler"
+        return False, f"the operator library is missing: no file {PATH}; {build}"
     try:
         torch.ops.load_library(PATH)
     except (OSError, RuntimeError) as error:
-        return False, f"{PATH}: {error}"
+        return False, f"the operator library does not load: {PATH}: {error.__cause__ or error}; {build}"
+    if wrong := [name for name in _EXPECTED if not _is_expected(name)]:
+        others = f"the operator library does not match this Python code: {PATH}: {', '.join(wrong)}"
+        return False, f"{others}; {build}"
     return True, ""
 
 
+def _is_expected(name: str) -> bool:
+    try:
+        schema = getattr(torch.ops.saccade, name).default._schema
+    except AttributeError:  # no such operator
+        return False
+    return str(schema).startswith(f"saccade::{name}({_EXPECTED[name]}) -> ")
+
+
+def places(name: str) -> dict[str, int]:
+    """Argument name -> position, of `saccade::name`."""
+    schema = getattr(torch.ops.saccade, name).default._schema
+    return {argument.name: n for n, argument in enumerate(schema.arguments)}
+
+
+def bare(name: str, *args: Any) -> Any:
+    """Operator `name` itself, past its kernel for autograd, which costs 9 us."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(_OPS, name).default(*args)
+
+
+def invoke(name: str, *args: Any) -> Any:
+    """`bare`, or what the compiler can trace."""
+    if torch.compiler.is_compiling():
+        return getattr(_OPS, name).default(*args)
+    return bare(name, *args)
+
+
 LOADED, WHY_NOT = _load()
+if not LOADED and (_NAMED or Path(PATH).exists()):  # named or built, and of no use
+    warnings.warn(f"saccade: {WHY_NOT}", UserWarning, stacklevel=2)
 
 
 def _cuda_archs() -> tuple[str, ...]:
@@ -39,22 +103,18 @@ CUDA_ARCHS = _cuda_archs()
 
 
 def call_arguments(spec: Spec, seed: Tensor | None, body: int) -> tuple[Any, ...]:
-    """The arguments from `seed` to `body`: everything but the differentiable tensors."""
+    """The arguments from `seed` to `body`: everything but the differentiable tensors. No chunks are None:
+    torch's AOTInductor loses an empty list.
+    """
     args, at = spec.args, spec.layout
     tiles = _NO_GRAPH if args.graph is None or body == GATHER else args.graph.tiles()
     lengths = (0, 0) if at.is_dense else (spec.seqlen_q, spec.seqlen_k)
     return (
         seed, args.head_bounds, args.lengths, args.keep, args.q_ids, args.k_ids,
         at.cu_seqlens_q, at.cu_seqlens_k, at.seqused_k, at.page_table, at.beam, *tiles,
-        args.band, args.chunks, *lengths, spec.score, spec.activation, spec.scale, spec.softcap, spec.slope,
-        spec.dropout_p, body,
+        args.band, args.chunks or None, *lengths, spec.score, spec.activation, spec.scale, spec.softcap,
+        spec.slope, spec.dropout_p, body,
     )  # fmt: skip
-
-
-def places(name: str) -> dict[str, int]:
-    """Argument name -> position, of `saccade::name`."""
-    schema = getattr(torch.ops.saccade, name).default._schema
-    return {argument.name: n for n, argument in enumerate(schema.arguments)}
 
 
 # What the operators return, from every argument of a schema, of which a few are read by their places. A fake
@@ -167,7 +227,7 @@ def forward(
     assert q is not None
     order = spec.layout.out_order or memory_order(q)
     call = call_arguments(spec, seed, body)
-    return torch.ops.saccade.forward.default(q, k, v, expanded_bias(spec, bias), *rest, *call, order)
+    return invoke("forward", q, k, v, expanded_bias(spec, bias), *rest, *call, order)
 
 
 def forward_weights(
@@ -178,9 +238,7 @@ def forward_weights(
     assert q is not None
     order = spec.layout.out_order or memory_order(q)
     call = call_arguments(spec, seed, TILED)
-    return torch.ops.saccade.forward_weights.default(
-        q, k, v, expanded_bias(spec, bias), *rest, *call, order, average
-    )
+    return invoke("forward_weights", q, k, v, expanded_bias(spec, bias), *rest, *call, order, average)
 
 
 def backward(
@@ -193,7 +251,7 @@ def backward(
     """`saccade::backward`; `grads` is dout, dlse, out, lse."""
     body, needs = body_and_needs
     taken, call = backward_tensors(spec, tensors), call_arguments(spec, seed, body)
-    return torch.ops.saccade.backward.default(*grads, *taken, *call, needs, must_repeat(spec))
+    return invoke("backward", *grads, *taken, *call, needs, must_repeat(spec))
 
 
 def must_repeat(spec: Spec) -> bool:
@@ -218,9 +276,7 @@ def weights(
     """`saccade::weights`."""
     q, k, _, bias, rel_bias, weight, _, extra_k, _ = taken_tensors(tensors)
     call = call_arguments(spec, seed, TILED)[:-1]
-    return torch.ops.saccade.weights.default(
-        lse, q, k, expanded_bias(spec, bias), rel_bias, weight, extra_k, *call, average
-    )
+    return invoke("weights", lse, q, k, expanded_bias(spec, bias), rel_bias, weight, extra_k, *call, average)
 
 
 def gather_forward(
@@ -232,7 +288,7 @@ def gather_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`saccade::gather_forward`; `edge_terms` is edge_bias, q W (an additive score's: W) and e."""
     call = call_arguments(spec, seed, GATHER)
-    return torch.ops.saccade.gather_forward.default(*tensors, *call, *_edges(spec, edge_terms), order)
+    return invoke("gather_forward", *tensors, *call, *_edges(spec, edge_terms), order)
 
 
 def gather_backward(
@@ -247,9 +303,7 @@ def gather_backward(
     assert spec.args.graph is not None
     call = call_arguments(spec, seed, GATHER)
     columns = spec.args.graph.columns()
-    return torch.ops.saccade.gather_backward.default(
-        *heads, *tensors, *call, *_edges(spec, edge_terms), *columns, needs
-    )
+    return invoke("gather_backward", *heads, *tensors, *call, *_edges(spec, edge_terms), *columns, needs)
 
 
 def _edges(spec: Spec, edge_terms: tuple[Tensor | None, ...]) -> tuple[Any, ...]:

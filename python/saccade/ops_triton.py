@@ -34,7 +34,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton reads 
 _MASK = (
     "Tensor? seed, Tensor? head_bounds, Tensor? lengths, Tensor? keep, Tensor? q_ids, Tensor? k_ids, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? page_table, Tensor? beam, "
-    "Tensor[] tiles, int[] band, int[] chunks, int max_seqlen_q, int max_seqlen_k, int score, "
+    "Tensor[] tiles, SymInt[] band, SymInt[] chunks, SymInt max_seqlen_q, SymInt max_seqlen_k, int score, "
     "int activation, float scale, float softcap, float slope, float dropout_p, int body"
 )
 _CALL = (
@@ -154,11 +154,11 @@ for _name, _kernel in (
 
 
 def call_arguments(spec: Spec, seed: Tensor | None, body: int) -> tuple[Any, ...]:
-    """As `ops.call_arguments`, with a graph's tiles as lists."""
+    """As `ops.call_arguments`, with a graph's tiles and the chunks as lists."""
     *plain, _ = ops.call_arguments(spec, seed, GATHER)  # that body has no tiles: their three places are empty
     args = spec.args
     tiles = [] if args.graph is None or body == GATHER else args.graph.tile_lists(args.is_graph_alone)
-    return (*plain[:_TILES], tiles, *plain[_TILES + 3 :], body)
+    return (*plain[:_TILES], tiles, args.band, args.chunks, *plain[_TILES + 5 :], body)
 
 
 def forward(
@@ -169,9 +169,7 @@ def forward(
     assert q is not None
     order = spec.layout.out_order or memory_order(q)
     call = call_arguments(spec, seed, body)
-    return torch.ops.saccade.triton_forward.default(
-        q, k, v, ops.expanded_bias(spec, bias), *rest, *call, order
-    )
+    return ops.invoke("triton_forward", q, k, v, ops.expanded_bias(spec, bias), *rest, *call, order)
 
 
 def backward(
@@ -185,7 +183,7 @@ def backward(
     body, needs = body_and_needs
     call = call_arguments(spec, seed, body)
     taken = ops.backward_tensors(spec, tensors)
-    return torch.ops.saccade.triton_backward.default(*grads, *taken, *call, needs)
+    return ops.invoke("triton_backward", *grads, *taken, *call, needs)
 
 
 def weights(
@@ -194,9 +192,7 @@ def weights(
     """`ops.weights` by the Triton kernels."""
     q, k, v, bias, *rest = ops.taken_tensors(tensors)
     call = call_arguments(spec, seed, TILED)
-    return torch.ops.saccade.triton_weights.default(
-        lse, q, k, v, ops.expanded_bias(spec, bias), *rest, *call, average
-    )
+    return ops.invoke("triton_weights", lse, q, k, v, ops.expanded_bias(spec, bias), *rest, *call, average)
 
 
 def gather_forward(
@@ -209,7 +205,7 @@ def gather_forward(
     """`ops.gather_forward` by the Triton kernels."""
     call = call_arguments(spec, seed, GATHER)
     edges = _edges(spec, edge_terms)
-    return torch.ops.saccade.triton_gather_forward.default(*tensors, *call, *edges, order)
+    return ops.invoke("triton_gather_forward", *tensors, *call, *edges, order)
 
 
 def gather_backward(
@@ -225,8 +221,8 @@ def gather_backward(
     assert graph is not None
     call = call_arguments(spec, seed, GATHER)
     by_key = (graph.work(ITEM, True), graph.columns()[1], graph.column_ids(), graph.rows.int())
-    return torch.ops.saccade.triton_gather_backward.default(
-        *heads, *tensors, *call, *_edges(spec, edge_terms), *by_key, needs
+    return ops.invoke(
+        "triton_gather_backward", *heads, *tensors, *call, *_edges(spec, edge_terms), *by_key, needs
     )
 
 

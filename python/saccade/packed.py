@@ -115,7 +115,9 @@ def _ints(name: str, value: Any, ndim: int, device: torch.device, dtype: torch.d
     if value.dtype not in (torch.int64, torch.int32) or value.dim() != ndim or value.device != device:
         want = f"an int32 or int64 tensor of {ndim} dimension{'s' if ndim > 1 else ''} on {device}"
         raise ValueError(f"{name}: expected {want}, got {value.dtype} {list(value.shape)} on {value.device}")
-    return value.to(dtype).contiguous()
+    value = value.to(dtype).contiguous()
+    # The backward pass reads them again: it must find those that were checked, whatever the caller writes.
+    return value.clone() if torch.is_grad_enabled() else value
 
 
 def _readable(x: Tensor) -> bool:

@@ -61,6 +61,8 @@ def longformer(seqlen: int, window: int, global_tokens: Iterable[int] = (), *, d
     """
     _check_sizes(0, seqlen=seqlen, window=window)
     _check_sizes(1, dilation=dilation)
+    if not isinstance(global_tokens, Iterable):
+        raise TypeError(f"global_tokens: expected positions, as in (0,), got {type(global_tokens).__name__}")
     tokens = sorted({_token(t, seqlen) for t in global_tokens})
     if not tokens:
         return dilated(seqlen, window, dilation)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import position as positions
-from .checks import finite
-from .dropout import as_seed, check_probability
+from .checks import finite, probability
+from .dropout import as_seed
 from .graph import Graph
 from .masks import NO_MASK, Band, Causal, Dims, Mask, MaskArgs, Window
 from .scores import Additive, GATv2
@@ -146,7 +146,7 @@ class Problem:
             )
         act = _activation(activation, return_lse, sink)
         code, slope = (DOT, 0.0) if score == "dot" else _score(score)
-        dropout_p = 0.0 if dropout_p == 0.0 else check_probability(dropout_p)
+        dropout_p = 0.0 if dropout_p == 0.0 else probability("dropout_p", dropout_p)
         if seed is not None or dropout_p:
             seed = as_seed(seed, q.device)
         if not isinstance(deterministic, bool | None):
@@ -333,7 +333,8 @@ def _dims(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[int, int, in
     if ks[-1] != qs[-1] or qs[-1] < 1:
         raise ValueError(f"k: expected the head dimension of q (at least 1), {qs[-1]}, got {ks[-1]}")
     if v.shape[:-1] != ks[:-1] or v.shape[-1] < 1:
-        raise ValueError(f"v: expected shape {[*ks[:-1], 'Dv']} as in k, got {list(v.shape)}")
+        shape = ", ".join(map(str, (*ks[:-1], "Dv")))
+        raise ValueError(f"v: expected shape [{shape}] as in k, got {list(v.shape)}")
     return batch, heads, heads_k, seqlen_q, seqlen_k
 
 

@@ -7,6 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def around() -> tuple[str, ...]:
+    """The transforms that look at this call, outermost first, as torch.func names them: "Grad", "Jvp", "Vmap"
+    and others; a level of `forward_ad` alone is "Jvp", too.
+    """
+    kinds = tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
+    return kinds if "Jvp" in kinds or forward_ad._current_level < 0 else (*kinds, "Jvp")
+
+
+# The compiler cannot read that stack. While it traces, the transforms are there: it takes the answer as it is
+# then.
+around._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

@@ -20,7 +20,7 @@ _TILE_EDGES = 640  # of 4096 pairs: where gather and tiled crossed (fp32, D 64, 
 
 def missing() -> list[str]:
     """Why this machine cannot run the backend at all."""
-    return [] if ops.LOADED else [f"the operator library is missing ({ops.WHY_NOT})"]
+    return [] if ops.LOADED else [ops.WHY_NOT]
 
 
 def unsupported(problem: Problem) -> list[str]:

@@ -28,7 +28,7 @@ _TILE_EDGES = 640  # of 4096 pairs, as Triton's
 def missing() -> list[str]:
     """Why this machine cannot run the backend at all."""
     if not ops.LOADED:
-        return [f"the operator library is missing ({ops.WHY_NOT})"]
+        return [ops.WHY_NOT]
     if not ops.CUDA_ARCHS:
         return ["the operator library was built without CUDA (no nvcc at build time)"]
     return [] if torch.cuda.is_available() else ["no CUDA device"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from ..problem import Problem
 
 NAME = "triton"
 _OLDEST = (8, 0)
+_LEAST_VERSION = (3, 6)
 # Measured on a CPU, not yet on a GPU.
 _TILE_EDGES = 640  # of 4096 pairs
 # Not yet measured: the rows of the least tile of the decode body, and keys enough for it.
@@ -24,11 +28,22 @@ def missing() -> list[str]:
     """Why this machine cannot run the backend at all."""
     if not ops_triton.FOUND:
         return ["triton is not installed (pip install triton)"]
-    if ops_triton.INTERPRETED:
-        return []
-    if not torch.cuda.is_available():
+    if not ops_triton.INTERPRETED and not torch.cuda.is_available():
         return ["no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests)"]
-    return []
+    if torch.compiler.is_compiling():  # which uses triton itself, and should not trace its import
+        return []
+    return list(_against_version())
+
+
+@cache
+def _against_version() -> tuple[str, ...]:
+    """The reason against the triton that is installed: `import saccade` does not load it."""
+    try:
+        version = import_module("triton").__version__
+    except Exception as error:  # of any kind, from what it loads
+        return (f"triton cannot be imported ({type(error).__name__}: {error})",)
+    old = tuple(map(int, version.split(".")[:2])) < _LEAST_VERSION
+    return (f"triton {version} is older than {'.'.join(map(str, _LEAST_VERSION))}",) if old else ()
 
 
 def unsupported(problem: Problem) -> list[str]:

@@ -91,7 +91,7 @@ def _inputs(module: Any, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Te
     device, own = module.out_proj.weight.device, module.out_proj.weight.dtype
     shape = (_BATCH, _QUERIES) if module.batch_first else (_QUERIES, _BATCH)
     query, key, value = (
-        torch.randn(*shape, dim, generator=draw).to(own).to(device, dtype).requires_grad_()
+        torch.randn(*shape, dim, generator=draw, device="cpu").to(own).to(device, dtype).requires_grad_()
         for dim in (module.embed_dim, module.kdim, module.vdim)
     )
     padding = torch.zeros(_BATCH, _QUERIES, dtype=torch.bool, device=device)

@@ -208,10 +208,10 @@ def _inputs(model: Any, main: str = "") -> dict[str, Any]:
 
     def ids(length: int) -> Tensor:
         most = min(getattr(config.get_text_config(), "vocab_size", None) or 8, 1000)
-        return torch.randint(0, most, (2, length), generator=draw).to(device)
+        return torch.randint(0, most, (2, length), generator=draw, device="cpu").to(device)
 
     def floats(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(device, weight.dtype)
+        return torch.randn(*shape, generator=draw, device="cpu").to(device, weight.dtype)
 
     if main == "input_ids":
         keep = torch.ones(2, 7, dtype=torch.int64, device=device)

@@ -152,9 +152,11 @@ def _calls(
     with torch.inference_mode(False), torch.enable_grad():
         for options in ({}, {"is_causal": True}, {"attn_mask": keep}):
             qkv = [
-                torch.randn(2, 3, 7, head_dim, generator=draw).to(own).to(device, dtype).requires_grad_()
+                torch.randn(2, 3, 7, head_dim, generator=draw, device="cpu").to(own).to(device, dtype)
                 for _ in range(3)
             ]
+            for x in qkv:
+                x.requires_grad_()
             out = run(*qkv, **options)
             found += [out.detach(), *torch.autograd.grad(out.sum() + out.square().sum(), qkv)]
     return found

@@ -26,12 +26,3 @@ def check_padding(name: str, padding: Tensor | None, batch: int, length: int) ->
             f"{name}: expected a bool tensor [{batch}, {length}], True = padding, "
             f"got {padding.dtype} {list(padding.shape)}"
         )
-
-
-def probability(name: str, value: Any) -> float:
-    """`value`, if it lies in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: expected 0 to 1, got {value}")
-    return float(value)

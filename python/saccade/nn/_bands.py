@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ..maskbase import unwatched
 from ..masks import Band
+from ._kept import of_masks
 
 _WORTHWHILE = 64 * 64  # pairs: below this there is no tile to leave out
-_SEEN = WeakIdKeyDictionary()  # mask tensor -> (its version, its band or None)
 
 
 def as_band(mask: Tensor) -> Band | None:
     """The Band that a mask [L, S] is (bool True = hidden, or floats of 0 and -inf), aligned with the first
     key.
 
-    None where it is none, or where its values may not be read: a gradient is wanted, a transform or the
-    compiler looks on, or it lies on a device that reading would have to wait for. A tensor is read once per
-    version.
+    None where it is none, or where its values may not be read: a gradient is wanted, a transform, a tracer or
+    the compiler looks on, or it lies on a device that reading would have to wait for. What was found is kept
+    with the tensor until its values change.
     """
     if mask.dim() != 2 or mask.numel() < _WORTHWHILE or mask.requires_grad or mask.device.type != "cpu":
         return None
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if type(mask) is not Tensor or not unwatched(mask):
         return None
-    if type(mask) is not Tensor or mask.is_inference():
-        return None
-    known = _SEEN.get(mask)
-    if known is None or known[0] != mask._version:
-        known = (mask._version, _find_band(mask))
-        _SEEN[mask] = known
-    return known[1]
+    return of_masks.of(mask, "band", lambda: _find_band(mask))
 
 
 def _find_band(mask: Tensor) -> Band | None:
@@ -41,7 +35,7 @@ def _find_band(mask: Tensor) -> Band | None:
         return None
     right = None if seen_first == keys else seen_first - 1
     left = None if seeing_first == rows else seeing_first - 1
-    band = torch.ones(rows, keys, dtype=torch.bool)
+    band = torch.ones(rows, keys, dtype=torch.bool, device=mask.device)
     band = band if right is None else band.tril_(right)
     band = band if left is None else band.triu_(-left)
     if not torch.equal(_kept(mask), band):

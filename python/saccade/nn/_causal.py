@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-# By mask: the version of its values and the answer. An entry lives as long as its tensor.
-_known = WeakTensorKeyDictionary()
+from ..maskbase import unwatched
+from ._kept import of_masks
 
 
 def is_causal_mask(mask: Tensor, may_wait: bool = True) -> bool:
     """Whether `mask` [L, L] equals `generate_square_subsequent_mask(L)`, in floats or in bool.
 
-    The answer is kept with the tensor until it is written to, so that a stack and its layers look once. Off
+    The answer is kept with the tensor until its values change, so that a stack and its layers look once. Off
     the CPU looking waits for the device; without `may_wait` only an answer already known counts there. False
-    where values cannot be looked at (compile, transforms, subclasses) or carry a gradient.
+    where values cannot be looked at (compile, traces, transforms, subclasses) or carry a gradient.
     """
-    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.requires_grad:
+    if type(mask) is not Tensor or mask.requires_grad or not unwatched(mask):
         return False
-    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.is_meta:
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if mask.is_inference():  # its values may change without a trace
-        return _equals(mask) if may_wait or mask.device.type == "cpu" else False
-    version, answer = _known.get(mask, (-1, False))
-    if version == mask._version:
-        return answer
-    if not may_wait and mask.device.type != "cpu":
-        return False
-    answer = _equals(mask)
-    _known[mask] = (mask._version, answer)
-    return answer
+    if may_wait or mask.device.type == "cpu":
+        return of_masks.of(mask, "causal", lambda: _equals(mask))
+    return of_masks.known(mask, "causal", False)
 
 
 def _equals(mask: Tensor) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..masks import Mask
+
 F: Any = functional  # the checkers are private to torch and not in its stubs
 
 _NEED_MASK = (
@@ -17,9 +19,11 @@ _NEED_MASK = (
 )
 
 
-def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, frames: int) -> None:
+def check_masks(key_padding_mask: Any, attn_mask: Any, frames: int) -> None:
     """The dtypes of the masks; `frames`: how far above this call the user's line stands."""
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if isinstance(mask, Mask):
+            raise TypeError(f"{name}: expected a tensor; a saccade mask is given as mask=")
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported")
     if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:

@@ -41,8 +41,8 @@ def edges_of(edge_index: Any, sizes: tuple[int, int], loops: bool = False) -> Ed
 
     `edge_index` is a Graph, an int tensor [2, E] (row 0 sources), or a sparse tensor [targets, sources], as
     in PyTorch Geometric. What is built is kept with the object: layers of a stack and steps of a training
-    build it once. Writing into a tensor in place (as far as torch sees it) discards what was built from it.
-    Raises TypeError for another object, ValueError for indices out of range.
+    build it once, until the values change (off the CPU: as far as torch counts it). Raises TypeError for
+    another object, ValueError for indices out of range, RuntimeError under torch.jit.trace.
     """
     if isinstance(edge_index, Graph):
         if (edge_index.num_keys, edge_index.num_queries) != sizes:
@@ -68,6 +68,8 @@ def _ready(edges: Edges, wanted: bool) -> Edges:
 
 @untraced("a graph from the values of edge_index: with fullgraph=True pass a saccade.Graph")
 def _kept_edges(edge_index: Tensor, sizes: tuple[int, int], loops: bool, traced: bool) -> Edges:
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("edge_index: a trace would hold for these edges alone; pass a saccade.Graph")
     found = _built.of(edge_index, (sizes, loops), lambda: _build(edge_index, sizes, loops))
     return _ready(found, traced)
 

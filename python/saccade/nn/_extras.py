@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..checks import is_int
 from ..masks import Band, Window
 from ..position import Position
 from ..problem import ACTIVATIONS
@@ -22,7 +23,7 @@ _DEFAULTS = {"activation": "softmax", "score": "dot"}
 def check_heads(num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> None:
     """The sizes that torch's constructor does not have."""
     for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is not None and not is_int(value):
             raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
         if value is not None and value <= 0:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -69,6 +70,8 @@ def add(module: Any, extras: dict[str, Any], factory: dict[str, Any]) -> bool:
         elif name == "score":
             set_score(module, value, factory)
         elif name == "qk_norm":
+            if value is not True:
+                raise TypeError(f"qk_norm: expected a bool, got {type(value).__name__}")
             set_norms(module, factory)
         else:
             module.position_term = _submodule("position", value, (Position,))

@@ -83,7 +83,13 @@ def linear(in_channels: int, out_channels: int, bias: bool = True, init: str | N
 
 
 def weight_of(layer: Linear, x: Tensor) -> Tensor:
-    """The weight of a layer that is not called itself; a lazy one takes its size from `x`."""
+    """The weight of a layer of edge features `x` that is not called itself; a lazy one takes its size from
+    them.
+    """
     if isinstance(layer.weight, UninitializedParameter):
         layer(x[:0])
+    if x.shape[1] != layer.weight.shape[1]:
+        raise ValueError(
+            f"edge_attr: expected {layer.weight.shape[1]} features of each edge, got {x.shape[1]}"
+        )
     return layer.weight

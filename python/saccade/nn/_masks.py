@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Causal, KeyPadding, Mask
+from ..transforms import around
 from ._bands import as_band
 
 # The hint of torch's modules is that of F.scaled_dot_product_attention: aligned with the first key.
@@ -30,7 +31,7 @@ def resolve_masks(
         bias = added[None, None] if added.dim() == 2 else added.view(*sizes, *added.shape[1:])
     if key_padding_mask is not None:
         # A transform sees the tensors of a call, not those inside a mask.
-        if key_padding_mask.dtype == torch.bool and torch._C._functorch.peek_interpreter_stack() is None:
+        if key_padding_mask.dtype == torch.bool and not around():
             padding = KeyPadding(keep=~key_padding_mask)
             return padding if mask is None else mask & padding, bias
         added = _as_bias(key_padding_mask, dtype)[:, None, None]

@@ -23,6 +23,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """x [N, S, C] -> the same; `valid` bool [N, S] or None for all."""
         if valid is None:
             return super().forward(x.flatten(0, -2)).view_as(x)
         if valid.shape != x.shape[:-1]:
@@ -101,6 +102,7 @@ class ConformerConvolution(nn.Module):
         return self.dropout(self.pointwise2(F.silu(self.batch_norm(x, valid))))
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """x [N, S, d_model] -> the same; `valid` bool [N, S] or None for all."""
         return self.leave(F.pad(self.enter(x, valid), (0, 0, self.before, self.after)), valid)
 
 
@@ -155,6 +157,7 @@ class ConformerLayer(nn.Module):
         self.d_model = d_model
 
     def forward(self, x: Tensor, padding: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        """x [N, S, d_model] -> the same; `padding` bool [N, S] (True = padding); a `mask` holds too."""
         check_shape("x", x, f"[N, S, {self.d_model}]", (3,), self.d_model)
         check_padding("padding", padding, *x.shape[:2])
         valid = None if padding is None else ~padding
@@ -214,6 +217,7 @@ class Conformer(nn.Module):
         self.layers = nn.ModuleList(ConformerLayer(*sizes, **(options | one)) for one in each)
 
     def forward(self, x: Tensor, padding: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        """x [N, S, d_model] -> the same; `padding` bool [N, S] (True = padding); a `mask` holds too."""
         for layer in self.layers:
             x = layer(x, padding, mask)
         return x

@@ -32,6 +32,7 @@ class KVCache:
         self._v: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
+        """Write k and v [rows, Hk, T, D] after those that are there; other rows, heads or D: ValueError."""
         for name, new, held in (("k", k, self._k), ("v", v, self._v)):
             like = k.shape[:3] if held is None else (*held.shape[:2], k.shape[2])
             if (
@@ -149,12 +150,18 @@ class DecoderState:
 
         No key or value moves: a table [rows, length] says where each lies, and the kernel reads through it.
         """
-        if parents.shape != (self.rows,) or parents.is_floating_point():
-            raise ValueError(f"parents: expected ints [{self.rows}], got {list(parents.shape)}")
+        if parents.shape != (self.rows,) or parents.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"parents: expected ints [{self.rows}], got {parents.dtype} {list(parents.shape)}"
+            )
         if parents.device.type == "cpu":
-            own = torch.arange(self.rows) // self.beams
-            if not torch.equal(torch.div(parents, self.beams, rounding_mode="floor"), own):
-                raise ValueError("parents: expected rows of the same sentence")
+            own = torch.arange(self.rows, device=parents.device) // self.beams
+            wrong = (torch.div(parents, self.beams, rounding_mode="floor") != own).nonzero()
+            if wrong.numel():
+                row = int(wrong[0])
+                raise ValueError(
+                    f"parents: expected rows of the same sentence, got {int(parents[row])} at {row}"
+                )
         if self._table is None:
             self._table = self._own_rows(parents.device).repeat(1, self.length)
         self._table = self._table[parents]

@@ -138,6 +138,7 @@ class GATConv(GATBase):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initial values as PyTorch Geometric draws them."""
         for layer in (self.lin, self.lin_src, self.lin_dst, self.lin_edge, self.res):
             if layer is not None:
                 layer.reset_parameters()
@@ -266,6 +267,7 @@ class GATv2Conv(GATBase):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initial values as PyTorch Geometric draws them."""
         for layer in (self.lin_l, self.lin_r, self.lin_edge, self.res):
             if layer is not None:
                 layer.reset_parameters()

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import int_at_least
+from ..checks import int_at_least, probability
 from ..functional import attention
 from ..graph import Graph
 from ..scores import Additive, GATv2
-from ._asked import probability
 from ._edges import Edges, edge_features, edge_logits, edges_of
 
 _SCORES = ("dot", "additive", "gatv2")
@@ -148,6 +147,10 @@ class GraphMultiheadAttention(nn.Module):
         if edge_attr is None or self.edge_proj is None:
             return {"edge_bias": edge_bias}
         features = edge_features(edges, edge_attr, 0.0)
+        if features.shape[1] != self.edge_dim:
+            raise ValueError(
+                f"edge_attr: expected {self.edge_dim} features of each edge, got {features.shape[1]}"
+            )
         if self.edge_mode == "value":
             weight = self.edge_proj.weight.unflatten(0, (self.num_heads, self.head_dim))
             return {"edge_bias": edge_bias, "edge_attr": (features, weight)}

@@ -10,6 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ..checks import int_at_least
 from ..graph import Graph
 from ._edges import edges_of
 
@@ -25,9 +26,9 @@ def laplacian_encoding(edge_index: Tensor | Graph, num_nodes: int, k: int) -> Te
     its entry of largest size is positive; flip signs at random in training (`x * signs`, signs [k] of +-1).
     Missing columns (k > N - 1) are zero. Above 2048 nodes scipy's Lanczos is used where it is installed.
     """
-    _check(num_nodes, k)
+    num_nodes, k = int_at_least("num_nodes", num_nodes, 0), int_at_least("k", k, 1)
     rows, keys = _undirected(edge_index, num_nodes)
-    found = torch.zeros(num_nodes, k, dtype=torch.float64)
+    found = torch.zeros(num_nodes, k, dtype=torch.float64, device="cpu")
     wanted = min(k, num_nodes - 1)
     if wanted > 0:
         degree = torch.bincount(rows, minlength=num_nodes).double()
@@ -44,10 +45,10 @@ def _smallest(rows: Tensor, keys: Tensor, weights: Tensor, num_nodes: int, count
         sparse, solver = (importlib.import_module(f"scipy.sparse{n}") for n in ("", ".linalg"))
         matrix = sparse.coo_matrix((weights.numpy(), (rows.numpy(), keys.numpy())), (num_nodes, num_nodes))
         # The smallest of I + W are the largest of -W; a fixed start makes the result repeatable.
-        start = torch.linspace(1, 2, num_nodes, dtype=torch.float64).numpy()
+        start = torch.linspace(1, 2, num_nodes, dtype=torch.float64, device="cpu").numpy()
         values, vectors = solver.eigsh(-matrix.tocsr(), count, which="LA", v0=start)
         return torch.from_numpy(vectors)[:, torch.from_numpy(values).argsort(descending=True)]
-    dense = torch.eye(num_nodes, dtype=torch.float64)
+    dense = torch.eye(num_nodes, dtype=torch.float64, device="cpu")
     dense[rows, keys] += weights
     return torch.linalg.eigh(dense)[1][:, :count]
 
@@ -59,16 +60,20 @@ def random_walk_encoding(edge_index: Tensor | Graph, num_nodes: int, k: int) -> 
     A walk goes along the edges from source to target, repeated ones more often, and ends at a node that none
     leaves. Exact, in k * E * N operations, a block of columns at a time.
     """
-    _check(num_nodes, k)
+    num_nodes, k = int_at_least("num_nodes", num_nodes, 0), int_at_least("k", k, 1)
     sources, targets = (x.cpu() for x in edges_of(edge_index, (num_nodes, num_nodes)).pairs)
     degree = torch.bincount(sources, minlength=num_nodes).clamp(min=1).double()
     walk = torch.sparse_coo_tensor(
-        torch.stack([targets, sources]), 1.0 / degree[sources], (num_nodes, num_nodes), check_invariants=False
+        torch.stack([targets, sources]),
+        1.0 / degree[sources],
+        (num_nodes, num_nodes),
+        device="cpu",
+        check_invariants=False,
     ).coalesce()
-    found = torch.zeros(num_nodes, k, dtype=torch.float64)
+    found = torch.zeros(num_nodes, k, dtype=torch.float64, device="cpu")
     for first in range(0, num_nodes, _COLUMNS):
-        nodes = torch.arange(first, min(first + _COLUMNS, num_nodes))
-        state = torch.zeros(num_nodes, nodes.numel(), dtype=torch.float64)
+        nodes = torch.arange(first, min(first + _COLUMNS, num_nodes), device="cpu")
+        state = torch.zeros(num_nodes, nodes.numel(), dtype=torch.float64, device="cpu")
         state[nodes, nodes - first] = 1.0
         for step in range(k):
             state = walk @ state
@@ -81,11 +86,3 @@ def _undirected(edge_index: Tensor | Graph, num_nodes: int) -> tuple[Tensor, Ten
     pairs = torch.cat([sources * num_nodes + targets, targets * num_nodes + sources])
     pairs = torch.unique(pairs[torch.cat([sources, targets]) != torch.cat([targets, sources])])
     return (pairs // num_nodes, pairs % num_nodes) if num_nodes else (pairs, pairs)
-
-
-def _check(num_nodes: int, k: int) -> None:
-    for name, value, least in (("num_nodes", num_nodes, 0), ("k", k, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")

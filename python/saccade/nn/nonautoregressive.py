@@ -25,6 +25,7 @@ class LengthPredictor(nn.Module):
         self.linear = nn.Linear(d_model, max_len + 1, device=device, dtype=dtype)
 
     def forward(self, memory: Tensor, padding: Tensor | None = None) -> Tensor:
+        """memory [N, S, d_model], padding bool [N, S] (True = padding) -> logits [N, max_len + 1]."""
         check_shape("memory", memory, f"[N, S, {self.d_model}]", (3,), self.d_model)
         check_padding("padding", padding, *memory.shape[:2])
         if padding is None:
@@ -73,6 +74,9 @@ class NonAutoregressiveDecoder(nn.Module):
         self, decoder: nn.Module, position: nn.Module, head: nn.Module, lengths: LengthPredictor
     ) -> None:
         super().__init__()
+        for n, layer in enumerate(getattr(decoder, "layers", ())):
+            if not layer.self_attn.batch_first:
+                raise ValueError(f"decoder: expected layers with batch_first=True, got False in layer {n}")
         self.decoder, self.position, self.head, self.lengths = decoder, position, head, lengths
 
     def forward(

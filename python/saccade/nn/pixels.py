@@ -68,6 +68,7 @@ class PixelAttention(nn.Module):
         self._graphs[height, width, str(device)] = graph if device is None else graph.to(device)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W], any H and W -> the same."""
         check_shape("images", images, "[N, C, H, W]", (4,))
         rows = images.flatten(2).transpose(1, 2)
         height, width = images.shape[2:]
@@ -128,9 +129,12 @@ class ConvolutionalAttention(nn.Module):
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         self.padding, self.dilation = conv.padding, conv.dilation
         self.weight, self.bias = conv.weight, conv.bias
-        rows, columns = (torch.arange(k) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+        rows, columns = (
+            torch.arange(k, device=conv.weight.device) * d
+            for k, d in zip(conv.kernel_size, conv.dilation, strict=True)
+        )
         self.shift = nn.Parameter(torch.cartesian_prod(rows, columns).to(conv.weight).view(-1, 2))
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)).to(conv.weight))
+        self.alpha = nn.Parameter(torch.tensor(float(alpha), device=conv.weight.device).to(conv.weight))
 
     @classmethod
     def of(cls, conv: nn.Conv2d, alpha: float = 50.0) -> ConvolutionalAttention:
@@ -145,6 +149,7 @@ class ConvolutionalAttention(nn.Module):
         return made
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [N, in, H, W] -> [N, out, H', W'], as Conv2d gives them."""
         channels = self.weight.shape[1]
         if check_shape("images", images, "[N, C, H, W]", (4,)).shape[1] != channels:
             raise ValueError(f"images: expected {channels} channels, got {images.shape[1]}")

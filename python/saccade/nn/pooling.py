@@ -35,6 +35,7 @@ class SelfAttentionPooling(nn.Module):
         nn.init.normal_(self.query, std=d_model**-0.5)
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """x [N, S, d_model], padding bool [N, S] (True = padding) -> [N, num_queries * d_model]."""
         mask = self._mask(x, padding)
         query = self.query.to(x.dtype).expand(x.shape[0], 1, -1, -1)
         return attention(query, x[:, None], x[:, None], mask, scale=1.0).flatten(1)
@@ -96,6 +97,7 @@ class AdditiveMarginSoftmax(nn.Module):
         return self.scale * F.normalize(x, dim=-1) @ F.normalize(self.weight, dim=-1).t()
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        """x [N, d_model], target [N] ints -> the mean loss, a scalar."""
         check_shape("x", x, f"[N, {self.d_model}]", (2,), self.d_model)
         if target.shape != x.shape[:1] or target.is_floating_point():
             raise ValueError(f"target: expected ints [{x.shape[0]}], got {target.dtype} {list(target.shape)}")

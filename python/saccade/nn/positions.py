@@ -60,8 +60,9 @@ class _Added(nn.Module):
         """
         places = self._place(x, offset)
         rows = self.rows(places, x)
-        if x.dim() == 3 and not self.batch_first:
-            rows = rows.transpose(0, 1) if places.dim() == 2 else rows[:, None]
+        if x.dim() > 2 and not self.batch_first:
+            between = (1,) * (x.dim() - 2)
+            rows = rows.transpose(0, 1) if places.dim() == 2 else rows.unflatten(0, (-1, *between))
         return self.dropout(x + rows)
 
 
@@ -122,6 +123,7 @@ class LearnedPosition(_Added):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, offset: Offset = 0) -> Tensor:
+        """`x` with the rows of its positions added, from `offset` (an int, or [N] ints: one per sequence)."""
         self._check_end(x, offset)
         return super().forward(x, offset)
 
@@ -226,6 +228,7 @@ class TransformerXLPosition(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, seqlen_q: int, seqlen_k: int) -> TransformerXL:
+        """The term of a call with these lengths, for `position=`."""
         return SinusoidalXL(self, seqlen_q, seqlen_k)
 
     def rates(self, device: torch.device) -> Tensor:

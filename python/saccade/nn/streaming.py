@@ -103,33 +103,34 @@ class EncoderStream:
 def _parts(layer: nn.Module, chunks: Chunks | None) -> list[Any]:
     """A layer as parts that each take and give frames."""
     if isinstance(layer, ConformerLayer):
-        half1, half2, norm_out = layer.feed1, layer.feed2, layer.norm_out
         return [
-            _Pointwise(lambda x: x + 0.5 * half1(x)),
+            _Pointwise(layer.feed1, None, None, 0.5),
             _Attention(layer.self_attn, chunks, layer.norm, None),
             _Convolution(layer.convolution),
-            _Pointwise(lambda x: norm_out(x + 0.5 * half2(x))),
+            _Pointwise(layer.feed2, None, layer.norm_out, 0.5),
         ]
     if isinstance(layer, TransformerEncoderLayer) and has_own_block(layer):
         attention: Any = layer.self_attn
         if type(attention) is MultiheadAttention and attention.batch_first:
             one, two, block = layer.norm1, layer.norm2, layer._ff_block
             if layer.norm_first:
-                return [_Attention(attention, chunks, one, None), _Pointwise(lambda x: x + block(two(x)))]
-            return [_Attention(attention, chunks, None, one), _Pointwise(lambda x: two(x + block(x)))]
+                return [_Attention(attention, chunks, one, None), _Pointwise(block, two, None)]
+            return [_Attention(attention, chunks, None, one), _Pointwise(block, None, two)]
     raise TypeError(f"encoder: expected batch_first layers of saccade.nn, got {type(layer).__name__}")
 
 
 class _Pointwise:
-    """Every frame by itself."""
+    """x + factor * block(before(x)), then `after`: every frame by itself."""
 
     padded = False
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
+    def __init__(self, block: Any, before: Any, after: Any, factor: float = 1.0) -> None:
+        self.block, self.before, self.after, self.factor = block, before, after, factor
 
     def push(self, x: Tensor, valid: Tensor, final: bool) -> Piece:
-        return self.function(x), valid
+        y = self.block(x if self.before is None else self.before(x))
+        x = torch.add(x, y, alpha=self.factor)
+        return x if self.after is None else self.after(x), valid
 
 
 class _Attention:

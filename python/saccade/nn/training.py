@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._asked import probability
+from ..checks import probability
 
 
 def shift_right(targets: Tensor, bos: int) -> Tensor:

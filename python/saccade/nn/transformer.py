@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..maskbase import plainly
+from ..maskbase import plainly, unwatched
 from ..masks import Causal
 from . import _extras, _nested
 from ._blocks import AnyMask, Rows, as_floats, check_dtypes, check_extras
@@ -128,14 +128,14 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     def _can_pack(self, src: Tensor, mask: AnyMask, padding: Tensor, is_causal: bool) -> bool:
         """Whether the valid tokens alone give the same."""
-        if src.dim() != 3 or torch.compiler.is_compiling() or not all(map(has_own_block, self.layers)):
+        if src.dim() != 3 or not unwatched(padding) or not all(map(has_own_block, self.layers)):
             return False
         attentions: list[Any] = [layer.self_attn for layer in self.layers]
         if any(type(x) is not MultiheadAttention for x in attentions):
             return False
         if mask is not None and not _says_causal(mask, is_causal):
             return False  # it speaks of places in the padded sequence
-        if torch._C._functorch.peek_interpreter_stack() is not None or (mask is None and is_causal):
+        if mask is None and is_causal:
             return False
         if padding.shape != (src.shape[:2] if attentions[0].batch_first else src.shape[1::-1]):
             return False  # torch's error

@@ -54,6 +54,7 @@ class TransformerConv(AttentionConv):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initial values as PyTorch Geometric draws them."""
         for layer in (
             self.lin_key,
             self.lin_query,

@@ -48,6 +48,7 @@ class PatchEmbedding(nn.Module):
         return height // down, width // across
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] -> [N, patches, d_model], by rows."""
         channels = self.projection.in_channels
         if check_shape("images", images, "[N, C, H, W]", (4,)).shape[1] != channels:
             raise ValueError(f"images: expected {channels} channels, got {images.shape[1]}")
@@ -112,9 +113,11 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.position[:, :1], wide.flatten(2).transpose(1, 2)], 1)
 
     def features(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] -> [N, 1 + patches, d_model]: class token and patches after the encoder."""
         x = self.patches(images)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
         return self.encoder(self.dropout(x + self.positions(self.patches.grid(*images.shape[2:]))))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] -> logits [N, num_classes]."""
         return self.head(self.features(images)[:, 0])

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import saccade
 import torch
@@ -58,6 +59,19 @@ def own_part(part: saccade.Mask, b: int, sk: int) -> saccade.Mask:
     if isinstance(part, KeyPadding) and part.lengths is not None:
         return KeyPadding(int(part.lengths[b].clamp(max=sk)))
     return saccade.Chunks(part.size, part.left, align="end") if isinstance(part, saccade.Chunks) else part
+
+
+def test_a_generous_max_seqlen_costs_nothing() -> None:
+    """On the CPU, where the longest sequence is known: 2^40 places would take hours."""
+    cu, x = torch.tensor([0, 3, 9]), torch.randn(9, 2, 8, requires_grad=True)
+    for options in ({"causal": True}, {"position": saccade.ALiBi(saccade.ALiBi.default_slopes(2))}):
+        found = [
+            saccade.attention_varlen(x, x, x, cu, cu, n, n, backend="cpu", **options)
+            for n in (6, 1 << 40, np.int64(7))
+        ]
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in found]
+        assert all(torch.equal(out, found[0]) for out in found)
+        assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
 @pytest.mark.parametrize("name", VARLEN)

@@ -207,13 +207,15 @@ SACCADE_DEVICE bool keeps_pair(const MaskParams& m, int b, int i, int j) {
 
 // Near 0, where the difference would cancel, an odd polynomial, exact to rounding (minimax in x^2).
 SACCADE_DEVICE float tanh_of(float x) {
-  const float far = 1 - 2 * reciprocal_approx(1 + exp2_approx(2 * kLog2E * x));  // exact at both infinities
   const float z = x * x;
-  float p = fmaf(z, -0.005704978480935097f, 0.020639078691601753f);
-  p = fmaf(p, z, -0.05373971164226532f);
-  p = fmaf(p, z, 0.13331441581249237f);
-  p = fmaf(p, z, -0.3333328068256378f);
-  return z < 0.390625f ? fmaf(x * z, p, x) : far;
+  if (z < 0.390625f) {
+    float p = fmaf(z, -0.005704978480935097f, 0.020639078691601753f);
+    p = fmaf(p, z, -0.05373971164226532f);
+    p = fmaf(p, z, 0.13331441581249237f);
+    p = fmaf(p, z, -0.3333328068256378f);
+    return fmaf(x * z, p, x);
+  }
+  return 1 - 2 * reciprocal_approx(1 + exp2_approx(2 * kLog2E * x));  // exact at both infinities
 }
 
 SACCADE_DEVICE float load_float(const void* p, DType type, int64_t at) {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import as_int, is_int
 from .maskbase import UNBOUNDED, values_are_known
 from .problem import Layout
 
@@ -15,23 +16,25 @@ def packed_layout(q: Any, k: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any) 
     """The layout of `attention_varlen`."""
     _check_ndim("q", q, 3, "[total, H, D]")
     _check_ndim("k", k, 3, "[total, Hk, D]")
-    found = []
+    found, most = [], []
     for name, cu, x, longest in (("q", cu_q, q, max_q), ("k", cu_k, k, max_k)):
         cu = _ints(f"cu_seqlens_{name}", cu, 1, q.device, torch.int64)
-        if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
+        if not is_int(longest):
             raise TypeError(f"max_seqlen_{name}: expected an int, got {type(longest).__name__}")
+        longest = as_int(longest)
         if isinstance(longest, int) and not 0 <= longest <= UNBOUNDED:
             raise ValueError(f"max_seqlen_{name}: expected 0 to {UNBOUNDED}, got {longest}")
         if cu.shape[0] == 0:
             raise ValueError(f"cu_seqlens_{name}: expected shape [B + 1], got [0]")
         if _readable(cu):
-            _check_packed(name, cu, x.shape[0], longest)
+            longest = _check_packed(name, cu, x.shape[0], longest)
         found.append(cu)
+        most.append(longest)
     if found[0].shape != found[1].shape:
         raise ValueError(
             f"cu_seqlens_k: expected shape {list(found[0].shape)} as cu_seqlens_q, got {list(found[1].shape)}"
         )
-    return Layout(cu_seqlens_q=found[0], cu_seqlens_k=found[1], max_seqlen_q=max_q, max_seqlen_k=max_k)
+    return Layout(cu_seqlens_q=found[0], cu_seqlens_k=found[1], max_seqlen_q=most[0], max_seqlen_k=most[1])
 
 
 def _check_ndim(name: str, value: Any, ndim: int, shape: str) -> None:
@@ -41,7 +44,8 @@ def _check_ndim(name: str, value: Any, ndim: int, shape: str) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 
-def _check_packed(name: str, cu: Tensor, total: int, longest: int | torch.SymInt) -> None:
+def _check_packed(name: str, cu: Tensor, total: int, longest: int | torch.SymInt) -> int:
+    """The length of the longest sequence: kernels look at no more places than there are."""
     steps = cu.tolist()
     if steps[0] != 0 or steps[-1] != total:
         raise ValueError(
@@ -54,6 +58,7 @@ def _check_packed(name: str, cu: Tensor, total: int, longest: int | torch.SymInt
         raise ValueError(
             f"max_seqlen_{name}: expected at least {max(lengths)} (the longest sequence), got {longest}"
         )
+    return max(lengths, default=0)
 
 
 def cache_layout(q: Any, k_cache: Any, lengths: Any, page_table: Any, beam: Any) -> Layout:
@@ -77,7 +82,9 @@ def cache_layout(q: Any, k_cache: Any, lengths: Any, page_table: Any, beam: Any)
     if _readable(used) and batch:
         least, most = int(used.min()), int(used.max())
         if least < 0 or most > capacity:
-            raise ValueError(f"lengths: expected values from 0 to {capacity}, got {least} to {most}")
+            plain = page_table is None and beam is None
+            read = f" (k_cache is {list(k_cache.shape)}, read as [B, Hk, S, D])" if plain else ""
+            raise ValueError(f"lengths: expected values from 0 to {capacity}, got {least} to {most}{read}")
         for name, table in (("page_table", page_table), ("beam", beam)):
             if table is not None:
                 _check_rows(name, table, entries, rows)

@@ -21,6 +21,7 @@ REGISTERS = 255
 SPILLS = {
     (128, "wide bias", "tiled_backward_kv"): 40,
     (128, "packed", "tiled_backward_kv"): 32,
+    (128, "packed by query", "tiled_backward_q"): 8,
     (64, "packed", "relative_bias_gradient"): 64,
     (64, "graph", "tiled_backward_kv"): 16,
 }

@@ -24,7 +24,7 @@ COUNT = 12  # q, k, v, bias, rel_bias, weight, sink, extra_k, extra_v, edge_bias
 _HEADS = 5  # dout, dlse, out, lse, the mixed edge features
 _SINK = 6
 # Place among the tensors -> bit among the operator's gradients, in the order in which it returns them.
-_BITS = {n: 1 << bit for bit, n in enumerate((0, 1, 2, 3, 4, 5, 7, 8))}
+_BITS = dict(zip((0, 1, 2, 3, 4, 5, 7, 8), ops.GRADIENTS.values(), strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

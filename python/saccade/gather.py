@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from .layout import in_order, memory_order
+from .ops import EDGE_GRADIENTS
 from .problem import DOT, Spec, accumulator
 
 # Place among the tensors of a problem -> bit among the operator's gradients, in the order in which it returns
 # them.
-_BITS = {0: 1, 1: 2, 2: 4, 5: 32, 9: 256}
-_NEED_EDGE_Q, _NEED_EDGE_X = 512, 1024
+_PLACES = {0: "q", 1: "k", 2: "v", 5: "weight", 9: "edge_bias"}
+_BITS = {n: EDGE_GRADIENTS[name] for n, name in _PLACES.items()}
+_NEED_EDGE_Q, _NEED_EDGE_X = EDGE_GRADIENTS["edge_q"], EDGE_GRADIENTS["edge_x"]
 _EDGE_E, _EDGE_W = 10, 11
 
 

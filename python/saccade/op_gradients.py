@@ -16,10 +16,7 @@ from . import ops, ops_triton  # noqa: F401 (ops_triton defines its operators)
 from .autograd import sink_gradient
 from .graph import Graph
 
-_TERMS = ("q", "k", "v", "bias", "rel_bias", "weight", "extra_k", "extra_v")
 _OF_PAIRS = ("forward", "forward_weights", "triton_forward")
-_EDGE_TERMS = ("q", "k", "v", "weight", "edge_bias", "edge_q", "edge_x")
-_EDGE_BITS = (1, 2, 4, 32, 256, 512, 1024)
 
 
 def _above(name: str, *args: Any) -> Any:
@@ -75,10 +72,10 @@ def _of_pairs(
     dout = torch.zeros_like(out) if dout is None else dout
     if given["bias"] is not None:  # the operator would add up what was expanded
         given["bias"] = given["bias"].contiguous()
-    needs = sum(1 << bit for bit, name in enumerate(_TERMS) if name in wanted)
+    needs = sum(bit for name, bit in ops.GRADIENTS.items() if name in wanted)
     given |= {"dout": dout, "dlse": dlse, "out": out, "lse": lse, "needs": needs}
     given["deterministic"] = torch.are_deterministic_algorithms_enabled()
-    found = dict(zip(_TERMS, _named(backward, given), strict=True))
+    found = dict(zip(ops.GRADIENTS, _named(backward, given), strict=True))
     if "sink" in wanted:
         found["sink"] = sink_gradient(given["cu_seqlens_q"] is not None, dout, dlse, out, lse, given["sink"])
     return {name: found[name] for name in wanted}
@@ -89,12 +86,12 @@ def _of_edges(
 ) -> dict[str, Tensor]:
     (dout, dlse, dmixed), (out, lse, mixed) = heads, results
     graph = Graph.from_csr(given["indptr"], given["indices"], given["k"].shape[2])
-    needs = sum(bit for bit, name in zip(_EDGE_BITS, _EDGE_TERMS, strict=True) if name in wanted)
+    needs = sum(bit for name, bit in ops.EDGE_GRADIENTS.items() if name in wanted)
     dout = torch.zeros_like(out) if dout is None else dout
     dmixed = torch.zeros_like(mixed) if dmixed is None else dmixed
     given |= {"dout": dout, "dlse": dlse, "dout_edge": dmixed, "out": out, "lse": lse, "out_edge": mixed}
     given |= dict(zip(("t_indptr", "t_rows", "t_edges"), graph.columns(), strict=True)) | {"needs": needs}
-    found = dict(zip(_EDGE_TERMS, _named("gather_backward", given), strict=True))
+    found = dict(zip(ops.EDGE_GRADIENTS, _named("gather_backward", given), strict=True))
     if "sink" in wanted:
         if mixed.numel():
             dout, out = torch.cat([dout, dmixed], -1), torch.cat([out, mixed], -1)

@@ -17,6 +17,14 @@ TILED, DECODE, GATHER = 0, 1, 2
 _NAMED = os.environ.get("SACCADE_OPS_LIBRARY")
 PATH = _NAMED or str(Path(__file__).with_name("libsaccade_ops.so"))
 _OPS = torch.ops.saccade
+# What the backward operators give, in their order: the argument, and its bit in `needs`.
+GRADIENTS = {
+    name: 1 << bit
+    for bit, name in enumerate(("q", "k", "v", "bias", "rel_bias", "weight", "extra_k", "extra_v"))
+}
+EDGE_GRADIENTS = {
+    "q": 1, "k": 2, "v": 4, "weight": 32, "edge_bias": 256, "edge_q": 512, "edge_x": 1024
+}  # fmt: skip
 _NO_GRAPH = (None, None, None)
 
 
@@ -137,13 +145,13 @@ def backward_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor,
     """The gradients of backward."""
     q, needs = args[at["q"]], args[at["needs"]]
     found = []
-    for bit, name in enumerate(("q", "k", "v", "bias", "rel_bias", "weight", "extra_k", "extra_v")):
-        like, dtype = args[at[name]], q.dtype if bit < 3 else accumulator(q.dtype)
-        if like is None or not needs & (1 << bit):
+    for name, bit in GRADIENTS.items():
+        like, dtype = args[at[name]], q.dtype if name in ("q", "k", "v") else accumulator(q.dtype)
+        if like is None or not needs & bit:
             found.append(q.new_empty(0, dtype=dtype))
             continue
         shape = like.shape
-        if bit < 3:  # dense, its dimensions in memory in the order of its argument's strides
+        if name in ("q", "k", "v"):  # dense, its dimensions in memory in the order of its argument's strides
             order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
             dense = q.new_empty([shape[d] for d in order])
             found.append(dense.permute([order.index(d) for d in range(like.dim())]))
@@ -176,15 +184,13 @@ def gather_gradients(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor,
     q, needs = args[at["q"]], args[at["needs"]]
     wide = accumulator(q.dtype)
     found = []
-    for name, bit in (("q", 1), ("k", 2), ("v", 4), ("weight", 32), ("edge_bias", 256), ("edge_q", 512)):
+    for name, bit in EDGE_GRADIENTS.items():
         like = args[at[name]]
         if like is None or not needs & bit:
             found.append(q.new_empty(0, dtype=wide))
         else:
             own = name in ("q", "k", "v", "edge_q")
             found.append(like.new_empty(like.shape, dtype=like.dtype if own else wide))
-    features, absent = args[at["edge_x"]], not needs & 1024
-    found.append(q.new_empty((0,) if absent else features.shape, dtype=wide))
     return tuple(found)
 
 

@@ -13,13 +13,19 @@ import torch
 from saccade import ops
 
 
-def _processor() -> str:
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, with x86's family and model where the system tells: a virtual machine's name may be that of
+    several generations (EPYC: family 25 is Zen 3 and 4, 26 is Zen 5).
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = cpuinfo.read_text().partition("\n\n")[0]
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    told = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in first.splitlines())}
+    name = told.get("model name", platform.machine())
+    if "cpu family" not in told:
+        return name
+    return f"{name} (family {told['cpu family']}, model {told.get('model', 'unknown')})"
 
 
 def _version(package: str) -> str:
@@ -57,7 +63,7 @@ def facts(device: str) -> dict[str, object]:
     sets = instruction_sets()
     found: dict[str, object] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": sets[0] if sets else "none: operator library not built",

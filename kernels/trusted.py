@@ -1,9 +1,10 @@
 """Whether what a tile shape computes is right, for `tune`: the compiler is known to reuse registers that a
 product under way still reads (triton-lang/triton#11781), so a shape may be fast and wrong.
 
-The yardstick is the tests': the error against fp64 is at most twice (gradients: three times) that of plain
-PyTorch in the same dtype, plus one rounding. Nothing here asks a kernel for what is right, not even the row
-of the table that is now in force.
+The yardstick: the error against fp64 is at most four times (gradients: six times) that of plain PyTorch in
+the same dtype, plus one rounding. The tests' is half of that; here a shape that rounds less luckily than
+PyTorch's own product must not be lost, and what a race leaves is off by whole terms of the sums. Nothing here
+asks a kernel for what is right, not even the row of the table that is now in force.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def fault(name: str, got: Tensor, exact: Tensor, allowed: Tensor, dtype: torch.d
     """What is wrong with a result of a pass, or None. `dtype` is that of the inputs."""
     if not got.isfinite().all():
         return f"{name} is not finite"
-    factor = 3.0 if name.startswith("d") else 2.0
+    factor = 6.0 if name.startswith("d") else 4.0
     bound = factor * allowed + torch.finfo(dtype).eps * exact.abs().max()
     error = _furthest(got.double(), exact)
     return None if error <= bound else f"{name} is off by {error:.2e}, where {bound:.2e} is allowed"

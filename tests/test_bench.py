@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import platform
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import saccade
 import torch
-from saccade.benchmarks import cases, cli, memory, peers, suites
+from saccade.benchmarks import cases, cli, machine, memory, peers, suites
 from saccade.benchmarks.attention import AttentionWork
 from saccade.benchmarks.cases import FORWARD, TRAIN, Case, Group, ModuleCase, square
 from saccade.benchmarks.check import Oracle, of_inputs
@@ -164,6 +165,16 @@ def run(folder: Path, *arguments: str) -> tuple[int, dict, list[dict[str, str]]]
     (as_json,), (as_csv,) = folder.glob("*.json"), folder.glob("*.csv")
     with as_csv.open() as file:
         return status, json.loads(as_json.read_text()), list(csv.DictReader(file))
+
+
+def test_the_processor_is_told_from_others_of_its_name(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    core = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n"
+    info.write_text(f"processor\t: 0\n{core}\nprocessor\t: 1\n{core}")
+    assert machine.processor(info) == "AMD EPYC (family 26, model 2)"
+    info.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
+    assert machine.processor(info) == platform.machine()
+    assert machine.processor(tmp_path / "none")
 
 
 def test_a_run_leaves_rows_machine_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

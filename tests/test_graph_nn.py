@@ -251,7 +251,10 @@ def test_laplacian_encoding(name: str, dense: bool, monkeypatch: pytest.MonkeyPa
     for column in range(4):
         x, want = found[:, column], vectors[:, column + 1]
         torch.testing.assert_close(full @ x, values[column + 1] * x, rtol=0, atol=1e-5)
-        assert abs(abs(x @ want) - 1) < 1e-5 and x[x.abs().argmax()] > 0
+        assert abs(abs(x @ want) - 1) < 1e-5
+        # In a path's vectors the largest entries come in pairs, in every other one with either sign.
+        top = (x.abs() > x.abs().max() - 1e-5).nonzero()
+        assert len(top) == (2 if name == "path" else 1) and x[top[0]] > 0
     again = laplacian_encoding(Graph.from_edge_index(index, n), n, 4).double()
     torch.testing.assert_close(again, found)
 

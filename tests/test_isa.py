@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -126,13 +127,42 @@ def test_offsets_beyond_two_to_the_31() -> None:
     assert torch.equal(got, saccade.attention(*small, causal=True, backend="cpu"))
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
-def test_the_instructions_meant_are_there() -> None:
-    code = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", ops.PATH], capture_output=True, text=True
-    ).stdout
+def disassembled() -> str:
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", ops.PATH]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+# A pass over the rows of edges, or what it calls, by what the compiler puts into what.
+ASKING = {
+    "logits": "edge_logits|gather_logits_item",
+    "values": "value_dots|gather_values_item",
+    "sums of values": "forward_piece|gather_forward_item",
+    "sums by column": "add_rows",
+}
+
+
+def test_rows_of_edges_are_asked_for() -> None:
+    """gcc had dropped prefetches that stood in functions of their own: nothing but time showed it."""
     from saccade import _C
 
+    code = disassembled()
+    asking: dict[str, set[str]] = {}
+    for function in re.split(r"\n(?=[0-9a-f]+ <)", code):
+        name, _, body = function.partition("\n")
+        found = re.search(r"saccade::(\w+)::\(anonymous namespace\)::", name)
+        if found and re.search(r"\b(prefetch|prfm)", body):
+            asking.setdefault(found[1], set()).add(name)
+    for isa in {"avx512", "avx2", "portable"} & set(_C.instruction_sets):
+        for what, functions in ASKING.items():
+            assert any(re.search(rf"\b({functions})\b", n) for n in asking[isa]), f"{isa}: {what}"
+
+
+def test_the_instructions_meant_are_there() -> None:
+    from saccade import _C
+
+    code = disassembled()
     wanted = {"amx": "tdpbf16ps", "avx512bf16": "vdpbf16ps", "avx512": "%zmm", "avx2": "%ymm"}
     for name in _C.instruction_sets:
         if name in wanted:

@@ -132,7 +132,7 @@ def test_options(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", [
     Shape(1, 1, 1, 1, 1, 16, 16), Shape(1, 1, 1, 1, 0, 16, 16), Shape(2, 2, 2, 0, 20, 16, 16),
     Shape(1, 6, 2, 11, 70, 16, 16),  # 33 rows: two tiles
-    Shape(1, 2, 1, 1, 70, 300, 20),  # wider than the table
+    Shape(5, 2, 1, 1, 70, 300, 20),  # wider than the table
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [FP32, torch.float64])
 def test_shapes(shape: Shape, dtype: torch.dtype) -> None:

@@ -69,6 +69,12 @@ SACCADE_FORCE bool rows_lie_far(const GatherParams& p, int64_t rows, int64_t hea
   return rows * heads * (p.head_dim + p.head_dim_v) * size_of(p.q.dtype) > kNearBytes;
 }
 
+// gcc (12) drops calls of a function that does nothing but prefetch, as if it did nothing at all.
+SACCADE_FORCE void prefetch(const void* at) {
+  __builtin_prefetch(at);
+  __asm__ volatile("" : : "r"(at));
+}
+
 // Asks for the rows of `heads` heads from h on that lie at `index`, so that they are there when their turn
 // comes.
 template <typename S>
@@ -78,7 +84,7 @@ SACCADE_FORCE void prefetch_rows(const Rows& x, int64_t b, int64_t h, int64_t he
   const int64_t bytes = (joined ? heads * d : d) * int64_t(sizeof(S));
   for (int64_t k = 0; k < (joined ? 1 : heads); ++k) {
     const char* from = row_at(x, b, h + k, index);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(from + at);
   }
 }
 SACCADE_FORCE int64_t edges_ahead(int64_t at, int64_t n, int64_t edges) {

@@ -163,7 +163,7 @@ struct ColumnPass {
       const T* from = numbers.of(b, p.t_edges[at + e]);
       for (int64_t c = 0; c < step; c += kLanes<T>) store(pairs + e * step + c, load(from + c));
     }
-    for (int64_t e = 0; e < ahead; ++e) __builtin_prefetch(numbers.of(b, p.t_edges[at + kEdgeLanes + e]));
+    for (int64_t e = 0; e < ahead; ++e) prefetch(numbers.of(b, p.t_edges[at + kEdgeLanes + e]));
   }
   // sums[k] += the edges' rows of x, of every head of key head k, by their weights; a head's first rows are
   // written, not added.
@@ -173,8 +173,8 @@ struct ColumnPass {
     const int32_t* later = p.t_rows + at + kEdgeLanes;
     const EdgeRows<S> rows(x, b, p.t_rows + at, n);
     const int64_t together = heads_together(live, heads, rows.head, d);
+    for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(x, b, 0, p.heads, later[e], d);
     for (int64_t h = 0; h < p.heads; h += together) {
-      for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(x, b, h, together, later[e], d);
       edge_sums<T, S>(together, live, sums + h / heads.group * ld, at == piece.begin && h % heads.group == 0,
                       rows, h, n, d, weights + h, 2 * heads.pitch, zeros);
     }

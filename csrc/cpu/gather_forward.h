@@ -131,10 +131,9 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
     const int32_t* later = p.indices + at + kEdgeLanes;
     const int64_t ahead = w.far ? edges_ahead(at, g.n, p.edges) : 0;
     const int64_t together = heads_together(g.live, heads, values.head, p.head_dim_v);
+    for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(p.v, b, 0, p.heads_k, later[e], p.head_dim_v);
     for (int64_t h = 0; h < p.heads; h += together) {
       const int64_t k = h / heads.group;
-      for (int64_t e = 0; e < ahead && h % heads.group == 0; ++e)
-        prefetch_rows<S>(p.v, b, k, together, later[e], p.head_dim_v);
       edge_sums<T, S>(together, g.live, state.O + h * state.ldo, fresh, values, k, g.n, p.head_dim_v, w.s + h,
                       heads.pitch, w.zeros);
     }

@@ -89,6 +89,7 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, const EdgeRow
     const T* weight = static_cast<const T*>(p.weight);
     w.own = w.joint.join(p, w.q, 1, g.n, [&](int64_t e) { return g.id(e); });
     pair_sums(heads, g.n, w.parts, w.s, [&](int64_t e, Vec<T>* into) {
+      ask(e);
       for (int64_t h = 0; h < p.heads; ++h)
         into[h] = additive_part<T, S>(p, weight + h * p.head_dim, w.own.of(e, h),
                                       keys.at[e] + h / heads.group * keys.head);

@@ -23,8 +23,10 @@ def laplacian_encoding(edge_index: Tensor | Graph, num_nodes: int, k: int) -> Te
     smallest eigenvalues, without the very first (Dwivedi and Bresson, 2012.09699).
 
     Edges count in both directions, repeated ones once, loops not. An eigenvector's sign is arbitrary: here
-    its entry of largest size is positive; flip signs at random in training (`x * signs`, signs [k] of +-1).
-    Missing columns (k > N - 1) are zero. Above 2048 nodes scipy's Lanczos is used where it is installed.
+    the first of its entries of largest size (to one part in a million, so that rounding decides nothing where
+    a symmetric graph has several) is positive; flip signs at random in training (`x * signs`, signs [k] of
+    +-1). Missing columns (k > N - 1) are zero. Above 2048 nodes scipy's Lanczos is used where it is
+    installed.
     """
     num_nodes, k = int_at_least("num_nodes", num_nodes, 0), int_at_least("k", k, 1)
     rows, keys = _undirected(edge_index, num_nodes)
@@ -35,8 +37,16 @@ def laplacian_encoding(edge_index: Tensor | Graph, num_nodes: int, k: int) -> Te
         scale = torch.where(degree > 0, degree, 1.0).rsqrt()
         weights = -(scale[rows] * scale[keys])
         found[:, :wanted] = _smallest(rows, keys, weights, num_nodes, wanted + 1)[:, 1:]
-    largest = found.gather(0, found.abs().argmax(0, keepdim=True)) if num_nodes else found[:1]
-    return torch.where(largest < 0, -found, found).float().to(edge_index.device)
+    return _signed(found).float().to(edge_index.device)
+
+
+def _signed(columns: Tensor) -> Tensor:
+    """Each column or its negative: the first of its entries of largest size is positive."""
+    if not len(columns):
+        return columns
+    size = columns.abs()
+    first = (size >= size.amax(0) * (1 - 1e-6)).byte().argmax(0, keepdim=True)
+    return torch.where(columns.gather(0, first) < 0, -columns, columns)
 
 
 def _smallest(rows: Tensor, keys: Tensor, weights: Tensor, num_nodes: int, count: int) -> Tensor:

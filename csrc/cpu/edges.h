@@ -9,6 +9,9 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
+// The key head of head h; a division takes as long as a small row.
+SACCADE_FORCE int64_t key_head(int64_t h, int64_t group) { return group == 1 ? h : h / group; }
+
 template <typename T>
 struct HeadLanes {
   int64_t heads, heads_k, group;
@@ -21,6 +24,8 @@ struct HeadLanes {
   }
   int64_t lanes() const { return round_up(pitch, kLanes<T>); }  // of one edge, repeated to fill a vector
   int64_t size(int64_t edges) const { return round_up(edges * pitch, kLanes<T>); }
+  int64_t key(int64_t h) const { return key_head(h, group); }
+  bool opens(int64_t h) const { return group == 1 || h % group == 0; }  // the first head of its key head
 };
 
 // Every lane becomes f over the lanes of its head.
@@ -228,15 +233,20 @@ SACCADE_FORCE T* sums_in_place(const Rows& x, int64_t b, int64_t row, int64_t he
   return nullptr;
 }
 
-// Row (b, h, row) of x = share * from[0..d).
+// Row `row` of all heads of x: x[b, h, row] = shares[h] * from[h * ld + 0..d), or without shares (null) as it
+// is.
 template <typename T, typename S>
-SACCADE_FORCE void write_share(const Rows& x, int64_t b, int64_t h, int64_t row, const T* from, T share,
-                               int64_t d) {
-  S* to = reinterpret_cast<S*>(row_at(x, b, h, row));
-  int64_t c = 0;
-  if constexpr (sizeof(S) == sizeof(T))
-    for (; x.col == 1 && c + kLanes<T> <= d; c += kLanes<T>) store(to + c, load(from + c) * share);
-  for (; c < d; ++c) narrow(from[c] * share, to[c * x.col]);
+SACCADE_FORCE void write_heads(const Rows& x, int64_t b, int64_t row, int64_t heads, const T* from,
+                               int64_t ld, const T* shares, int64_t d) {
+  S* to = reinterpret_cast<S*>(row_at(x, b, 0, row));
+  const int64_t whole = sizeof(S) == sizeof(T) && x.col == 1 ? d / kLanes<T> * kLanes<T> : 0;
+  for (int64_t h = 0; h < heads; ++h, to += x.head, from += ld) {
+    const T share = shares ? shares[h] : T(1);
+    int64_t c = 0;
+    if constexpr (sizeof(S) == sizeof(T))
+      for (; c < whole; c += kLanes<T>) store(to + c, load(from + c) * share);
+    for (; c < d; ++c) narrow(from[c] * share, to[c * x.col]);
+  }
 }
 
 }  // namespace

@@ -151,14 +151,14 @@ struct RowPass {
     T* dqe = dq + p.heads * ldq;
     if (p.score != Score::kDot) {
       for (int64_t h = 0; h < p.heads; ++h)
-        additive_edge_gradient<T, S>(p, h, w.own, keys, h / heads.group, e16.n, fresh, dq + h * ldq,
+        additive_edge_gradient<T, S>(p, h, w.own, keys, heads.key(h), e16.n, fresh, dq + h * ldq,
                                      dW + h * p.head_dim, g + h, heads.pitch);
       return;
     }
     const int64_t together = heads_together(e16.live, heads, keys.head, p.head_dim);
     for (int64_t h = 0; h < p.heads; h += together)
-      edge_sums<T, S>(together, e16.live, dq + h * ldq, fresh, keys, h / heads.group, e16.n, p.head_dim,
-                      g + h, heads.pitch, w.zeros);
+      edge_sums<T, S>(together, e16.live, dq + h * ldq, fresh, keys, heads.key(h), e16.n, p.head_dim, g + h,
+                      heads.pitch, w.zeros);
     for (int64_t h = 0; p.edge_dim && h < p.heads; ++h)
       edge_sums<T, T>(1, e16.live, dqe + h * w.lde, fresh, w.feature_rows, 0, e16.n, p.edge_dim, g + h,
                       heads.pitch, w.zero_features);
@@ -168,12 +168,9 @@ struct RowPass {
 template <typename T, typename S>
 static void write_queries(const GatherParams& p, int64_t b, int64_t row, const T* dq, int64_t ldq,
                           int64_t lde) {
-  const T* dqe = dq + p.heads * ldq;
-  for (int64_t h = 0; h < p.heads; ++h) {
-    if (p.needs & kNeedQ) write_share<T, S>(p.dq, b, h, row, dq + h * ldq, T(1), p.head_dim);
-    if (p.edge_dim && p.needs & kNeedEdgeQ)
-      write_share<T, S>(p.dedge_q, b, h, row, dqe + h * lde, T(1), p.edge_dim);
-  }
+  if (p.needs & kNeedQ) write_heads<T, S>(p.dq, b, row, p.heads, dq, ldq, nullptr, p.head_dim);
+  if (p.edge_dim && p.needs & kNeedEdgeQ)
+    write_heads<T, S>(p.dedge_q, b, row, p.heads, dq + p.heads * ldq, lde, nullptr, p.edge_dim);
 }
 
 template <typename T, typename S>

@@ -97,11 +97,9 @@ static int64_t sum_pieces(const RowSplit& split, int64_t b, int64_t t, T* pieces
 template <typename T, typename S>
 static void write_keys(const GatherParams& p, int64_t needs, int64_t b, int64_t key, const T* sums,
                        int64_t ldk, int64_t ldv) {
-  const T* dv = sums + p.heads_k * ldk;
-  for (int64_t h = 0; h < p.heads_k; ++h) {
-    if (needs & kNeedK) write_share<T, S>(p.dk, b, h, key, sums + h * ldk, T(1), p.head_dim);
-    if (needs & kNeedV) write_share<T, S>(p.dv, b, h, key, dv + h * ldv, T(1), p.head_dim_v);
-  }
+  if (needs & kNeedK) write_heads<T, S>(p.dk, b, key, p.heads_k, sums, ldk, nullptr, p.head_dim);
+  if (needs & kNeedV)
+    write_heads<T, S>(p.dv, b, key, p.heads_k, sums + p.heads_k * ldk, ldv, nullptr, p.head_dim_v);
 }
 
 // The pass over columns, with one thread's scratch: an edge's query and dout rows, and its numbers.
@@ -175,8 +173,8 @@ struct ColumnPass {
     const int64_t together = heads_together(live, heads, rows.head, d);
     for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(x, b, 0, p.heads, later[e], d);
     for (int64_t h = 0; h < p.heads; h += together) {
-      edge_sums<T, S>(together, live, sums + h / heads.group * ld, at == piece.begin && h % heads.group == 0,
-                      rows, h, n, d, weights + h, 2 * heads.pitch, zeros);
+      edge_sums<T, S>(together, live, sums + heads.key(h) * ld, at == piece.begin && heads.opens(h), rows, h,
+                      n, d, weights + h, 2 * heads.pitch, zeros);
     }
   }
   void add_additive(int64_t b, int64_t at, RowSplit::Piece piece, const T* grads, T* dk) {
@@ -189,8 +187,8 @@ struct ColumnPass {
       return p.edge_ids ? p.edge_ids[place] : place;
     });
     for (int64_t h = 0; h < p.heads; ++h)
-      additive_edge_gradient<T, S>(p, h, own, queries, h, n, at == piece.begin && h % heads.group == 0,
-                                   dk + h / heads.group * ldk, nullptr, grads + h, 2 * heads.pitch);
+      additive_edge_gradient<T, S>(p, h, own, queries, h, n, at == piece.begin && heads.opens(h),
+                                   dk + heads.key(h) * ldk, nullptr, grads + h, 2 * heads.pitch);
   }
 };
 

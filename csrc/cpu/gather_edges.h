@@ -125,7 +125,7 @@ struct JointPass {
           key.at[0] = keys.at[e];
           key.head = keys.head;
           const JointRows<T> mine{own.of(e, h), 0, 0, 1};
-          additive_edge_gradient<T, S>(p, h, mine, key, h / heads.group, 1, false,
+          additive_edge_gradient<T, S>(p, h, mine, key, heads.key(h), 1, false,
                                        sums + e * width + h * joint.ld, nullptr, &grad, 1);
         }
     }

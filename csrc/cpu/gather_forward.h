@@ -133,7 +133,7 @@ static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piec
     const int64_t together = heads_together(g.live, heads, values.head, p.head_dim_v);
     for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(p.v, b, 0, p.heads_k, later[e], p.head_dim_v);
     for (int64_t h = 0; h < p.heads; h += together) {
-      const int64_t k = h / heads.group;
+      const int64_t k = heads.key(h);
       edge_sums<T, S>(together, g.live, state.O + h * state.ldo, fresh, values, k, g.n, p.head_dim_v, w.s + h,
                       heads.pitch, w.zeros);
     }
@@ -212,11 +212,9 @@ template <typename T, typename S>
 static void finish_row(const GatherParams& p, int64_t b, int64_t row, const GatherState<T>& s,
                        Logarithms<T>& lse) {
   if (is_softmax(p)) finish_sums(p, b, row, s, lse);
-  for (int64_t h = 0; h < p.heads; ++h) {
-    const T share = is_softmax(p) ? s.l[h] : T(1);
-    write_share<T, S>(p.out, b, h, row, s.O + h * s.ldo, share, p.head_dim_v);
-    if (p.edge_dim) write_share<T, S>(p.out_edge, b, h, row, s.E + h * s.lde, share, p.edge_dim);
-  }
+  const T* shares = is_softmax(p) ? s.l : nullptr;
+  write_heads<T, S>(p.out, b, row, p.heads, s.O, s.ldo, shares, p.head_dim_v);
+  if (p.edge_dim) write_heads<T, S>(p.out_edge, b, row, p.heads, s.E, s.lde, shares, p.edge_dim);
 }
 
 // Where the piece of a row that item t shares with its neighbours lies: slot 0 began before t, slot 1 begins

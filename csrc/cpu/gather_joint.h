@@ -13,7 +13,7 @@ template <typename T>
 struct JointRows {
   const T* at;
   int64_t head, edge, group;  // edge is 0 where all edges have the same
-  SACCADE_MEMBER const T* of(int64_t e, int64_t h) const { return at + e * edge + h / group * head; }
+  SACCADE_MEMBER const T* of(int64_t e, int64_t h) const { return at + e * edge + key_head(h, group) * head; }
 };
 
 // One thread's W, transposed, and the features and rows of a step.
@@ -41,7 +41,7 @@ struct JointFeatures {
   template <typename Id>
   JointRows<T> join(const GatherParams& p, HeadRows<T> own, int64_t group, int64_t n, Id id) {
     if (!dim) return {own.at, own.head, 0, group};
-    return join_each(p, [&](int64_t, int64_t h) { return own[h / group]; }, n, id);
+    return join_each(p, [&](int64_t, int64_t h) { return own[key_head(h, group)]; }, n, id);
   }
   // The same where every edge has rows of its own: own(e, h) + W[h] e.
   template <typename Own, typename Id>

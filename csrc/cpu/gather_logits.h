@@ -92,7 +92,7 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, const EdgeRow
       ask(e);
       for (int64_t h = 0; h < p.heads; ++h)
         into[h] = additive_part<T, S>(p, weight + h * p.head_dim, w.own.of(e, h),
-                                      keys.at[e] + h / heads.group * keys.head);
+                                      keys.at[e] + heads.key(h) * keys.head);
     });
   }
   const int64_t pairs = g.n * heads.pitch;

@@ -166,9 +166,10 @@ template <typename T>
 static void log_each(const double* x, double* out, int64_t n) {
   constexpr int L = kLanes<double>;
   for (int64_t i = 0; i < n; i += L) {
+    const int some = int(n - i < L ? n - i : L);
     double part[L];
-    for (int l = 0; l < L; ++l) part[l] = i + l < n ? x[i + l] : 1.0;
-    const Vec<double> v = load(part);
+    for (int l = 0; l < L && some < L; ++l) part[l] = l < some ? x[i + l] : 1.0;
+    const Vec<double> v = load(some < L ? part : x + i);
     // Subtracting the bits of sqrt(1/2) before the shift rounds the exponent so that m falls in the interval.
     const VecI<double> shifted = bits<VecI<double>>(v) - bits<int64_t>(0.70710678118654752440);
     const VecI<double> e = shifted >> 52;
@@ -179,8 +180,8 @@ static void log_each(const double* x, double* out, int64_t n) {
 #pragma GCC unroll 16
     for (int k = last - 2; k > 0; k -= 2) sum = sum * t2 + 1.0 / k;
     const Vec<double> whole = bits<Vec<double>>(e + bits<int64_t>(6755399441055744.0)) - 6755399441055744.0;
-    store(part, whole * kLn2 + 2.0 * t * sum);
-    for (int l = 0; l < L && i + l < n; ++l) out[i + l] = part[l];
+    store(some < L ? part : out + i, whole * kLn2 + 2.0 * t * sum);
+    for (int l = 0; l < some && some < L; ++l) out[i + l] = part[l];
   }
 }
 

@@ -135,9 +135,11 @@ def _fault(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
         return f"no kernel for {dtype}"
     exact = torch.float64 if device.type != "mps" else dtype
     try:
-        plain = _calls(F.scaled_dot_product_attention, head_dim, dtype, dtype, device)
-        true = _calls(F.scaled_dot_product_attention, head_dim, dtype, exact, device)
-        return difference(_calls(scaled_dot_product_attention, head_dim, dtype, dtype, device), plain, true)
+        torchs = F.scaled_dot_product_attention
+        plain, true = (_calls(torchs, head_dim, dtype, d, device) for d in (dtype, exact))
+        rough = _calls(torchs, head_dim, dtype, torch.float32, device) if dtype == torch.float64 else None
+        got = _calls(scaled_dot_product_attention, head_dim, dtype, dtype, device)
+        return difference(got, plain, true, rough=rough)
     except Exception as error:
         return first_line(error)
 

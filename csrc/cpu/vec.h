@@ -159,30 +159,35 @@ SACCADE_FORCE Vec<T> sigmoidv(Vec<T> x) {
   return T(1) / (T(1) + exp2v<T>(y));
 }
 
-// out[i] = ln(x[i]) of positive normal numbers that were summed in T: x = 2^e m with m in [sqrt(1/2),
-// sqrt(2)), ln m = 2 atanh(t), t = (m - 1) / (m + 1), whose series in t^2 <= 0.0295 ends below rounding after
-// 12 terms, and at 2^-39 after 7, where the sum itself is only good to 2^-24.
+// ln x of positive normal numbers that were summed in T: x = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2
+// atanh(t), t = (m - 1) / (m + 1), whose series in t^2 <= 0.0295 ends below rounding after 12 terms, and at
+// 2^-39 after 7, where the sum itself is only good to 2^-24.
+template <typename T>
+SACCADE_FORCE Vec<double> logv(Vec<double> v) {
+  // Subtracting the bits of sqrt(1/2) before the shift rounds the exponent so that m falls in the interval.
+  const VecI<double> shifted = bits<VecI<double>>(v) - bits<int64_t>(0.70710678118654752440);
+  const VecI<double> e = shifted >> 52;
+  const Vec<double> m = bits<Vec<double>>(bits<VecI<double>>(v) - (e << 52));
+  const Vec<double> t = (m - 1.0) / (m + 1.0), t2 = t * t;
+  constexpr int last = sizeof(T) == sizeof(double) ? 23 : 13;
+  Vec<double> sum = splat<double>(1.0 / last);
+#pragma GCC unroll 16
+  for (int k = last - 2; k > 0; k -= 2) sum = sum * t2 + 1.0 / k;
+  const Vec<double> whole = bits<Vec<double>>(e + bits<int64_t>(6755399441055744.0)) - 6755399441055744.0;
+  return whole * kLn2 + 2.0 * t * sum;
+}
+
+// out[i] = ln x[i].
 template <typename T>
 static void log_each(const double* x, double* out, int64_t n) {
-  constexpr int L = kLanes<double>;
-  for (int64_t i = 0; i < n; i += L) {
-    const int some = int(n - i < L ? n - i : L);
-    double part[L];
-    for (int l = 0; l < L && some < L; ++l) part[l] = l < some ? x[i + l] : 1.0;
-    const Vec<double> v = load(some < L ? part : x + i);
-    // Subtracting the bits of sqrt(1/2) before the shift rounds the exponent so that m falls in the interval.
-    const VecI<double> shifted = bits<VecI<double>>(v) - bits<int64_t>(0.70710678118654752440);
-    const VecI<double> e = shifted >> 52;
-    const Vec<double> m = bits<Vec<double>>(bits<VecI<double>>(v) - (e << 52));
-    const Vec<double> t = (m - 1.0) / (m + 1.0), t2 = t * t;
-    constexpr int last = sizeof(T) == sizeof(double) ? 23 : 13;
-    Vec<double> sum = splat<double>(1.0 / last);
-#pragma GCC unroll 16
-    for (int k = last - 2; k > 0; k -= 2) sum = sum * t2 + 1.0 / k;
-    const Vec<double> whole = bits<Vec<double>>(e + bits<int64_t>(6755399441055744.0)) - 6755399441055744.0;
-    store(some < L ? part : out + i, whole * kLn2 + 2.0 * t * sum);
-    for (int l = 0; l < some && some < L; ++l) out[i + l] = part[l];
-  }
+  constexpr int64_t L = kLanes<double>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(out + i, logv<T>(load(x + i)));
+  if (i == n) return;
+  double part[L];
+  for (int64_t l = 0; l < L; ++l) part[l] = i + l < n ? x[i + l] : 1.0;
+  store(part, logv<T>(load(part)));
+  for (int64_t l = 0; i + l < n; ++l) out[i + l] = part[l];
 }
 
 // to[l] = v[l].

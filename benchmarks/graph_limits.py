@@ -1,4 +1,4 @@
-"""What the memory of a machine allows on a graph: the copies that no attention along edges can do without."""
+"""What memory costs on a graph: the rows that attention along edges must read, copied by torch."""
 
 from __future__ import annotations
 

@@ -141,6 +141,20 @@ def test_other_dtypes_pass_the_check(dtype: torch.dtype) -> None:
     assert saccade.accelerate(Attention().to(dtype)).swapped == [""]
 
 
+def test_fp64_may_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own result is the exact one there, so its error, 0, says nothing."""
+    few_roundings = 1 + 4 * torch.finfo(torch.float64).eps
+    monkeypatch.setattr(
+        direct,
+        "scaled_dot_product_attention",
+        lambda *a, **k: few_roundings * F.scaled_dot_product_attention(*a, **k),
+    )
+    direct._fault.cache_clear()
+    report = saccade.accelerate(Attention().double())
+    direct._fault.cache_clear()
+    assert report.swapped == [""]
+
+
 def test_copies_and_pickles_stay_accelerated(calls: list[str]) -> None:
     model, x = Model(), torch.randn(2, 5, E)
     expected = model(x)

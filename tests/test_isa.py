@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -127,6 +128,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     assert torch.equal(got, saccade.attention(*small, causal=True, backend="cpu"))
 
 
+@functools.lru_cache
 def disassembled() -> str:
     if shutil.which("objdump") is None:
         pytest.skip("objdump is not installed")

@@ -9,7 +9,7 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
-// The key head of head h; a division takes as long as a small row.
+// The key head of head h, without a division where that is its own.
 SACCADE_FORCE int64_t key_head(int64_t h, int64_t group) { return group == 1 ? h : h / group; }
 
 template <typename T>

@@ -61,7 +61,7 @@ def test_isolated_nodes_are_zero_and_repeats_count(options: dict[str, Any], back
     graph = Graph.from_edge_index(index, 7)
     if options.get("edge_bias"):
         options = {"edge_bias": torch.randn(6, requires_grad=True)}
-    inputs = make_inputs(Shape(12, 1, 1, 7, 7, 8, 8))
+    inputs = make_inputs(Shape(96, 1, 1, 7, 7, 8, 8))
     check_attention(inputs, graph, backend, **options)
     out = saccade.attention(*inputs, graph, backend=backend, **options)
     assert not out[:, :, 3:].any()

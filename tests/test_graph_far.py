@@ -81,11 +81,12 @@ def test_far_rows_change_no_bit(name: str, side: str) -> None:
         assert torch.equal(a, b), place
 
 
+@pytest.mark.parametrize("nodes", [FAR, 2 * FAR])  # twice as many outgrow what cores share as well
 @pytest.mark.parametrize("needs", ["q", "k", "v", "kv"])
-def test_only_some_gradients_of_far_rows(needs: str) -> None:
-    index = torch.randint(FAR, (2, 3000))
-    graph = Graph.from_edge_index(index, FAR)
-    qkv = [x.detach() for x in make_inputs(Shape(1, HEADS, HEADS, FAR, FAR, DIM, DIM))]
+def test_only_some_gradients_of_far_rows(needs: str, nodes: int) -> None:
+    index = torch.randint(nodes, (2, 3000))
+    graph = Graph.from_edge_index(index, nodes)
+    qkv = [x.detach() for x in make_inputs(Shape(1, HEADS, HEADS, nodes, nodes, DIM, DIM))]
     out = saccade.attention(*(x.requires_grad_() for x in qkv), graph)
     every = dict(zip("qkv", torch.autograd.grad(out.sin().sum(), qkv), strict=True))
     some = {n: x.detach().requires_grad_(n in needs) for n, x in zip("qkv", qkv, strict=True)}

@@ -26,7 +26,7 @@ def terms(edges: int, heads: int, dim: int, features: int) -> tuple[Tensor, Tens
 @pytest.mark.parametrize(
     ("nodes", "edges", "shape", "features"),
     [
-        (70, 300, (1, 2, 2, 5, 8), 3),
+        (70, 300, (6, 2, 2, 5, 8), 3),
         (150, 2000, (2, 4, 2, 16, 19), 7),  # a batch, shared key heads
         (120, 5000, (1, 3, 3, 33, 33), 1),  # more edges than a work item
         (60, 9000, (1, 2, 1, 8, 11), 20),  # rows that are cut

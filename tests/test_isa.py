@@ -138,10 +138,10 @@ def disassembled() -> str:
 
 # A pass over the rows of edges, or what it calls, by what the compiler puts into what.
 ASKING = {
-    "logits": "edge_logits|gather_logits_item",
-    "values": "value_dots|gather_values_item",
-    "sums of values": "forward_piece|gather_forward_item",
-    "sums by column": "add_rows",
+    "products": "dot_tiles",
+    "products of any rows": "pair_dots",
+    "sums of values": "sum_values|gather_forward_item",
+    "sums by column": "add_rows|gather_columns_item",
 }
 
 

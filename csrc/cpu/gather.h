@@ -13,13 +13,14 @@ SACCADE_FORCE const S* typed_row(const Rows& x, int64_t b, int64_t h, int64_t i)
 }
 
 // Rows [0, rows) with indptr[r + 1] - indptr[r] edges each, cut into items of equal cost: a row costs 1 and
-// each of its edges 1. A hub is shared by several items, a thousand leaves fill one.
+// each of its edges 1. A hub is shared by several items, a thousand leaves fill one. The numbers of an item's
+// edges, `pitch` for each, stay in a core's cache.
 struct RowSplit {
   const int64_t* indptr;
   int64_t rows, step;
 
-  RowSplit(const int64_t* ptr, int64_t count, int64_t edges) : indptr(ptr), rows(count) {
-    step = max64(1024, min64(16384, (count + edges) / 64));
+  RowSplit(const int64_t* ptr, int64_t count, int64_t edges, int64_t pitch) : indptr(ptr), rows(count) {
+    step = max64(256, min64(16384 / pitch, max64(1024, (count + edges) / 64)));
     items_ = (count + edges + step - 1) / step;
   }
   int64_t items() const { return items_; }
@@ -34,9 +35,12 @@ struct RowSplit {
     const int64_t low = t * step, high = low + step;
     for (int64_t r = row_at_cost(low); r < rows && indptr[r] + r < high; ++r) {
       const int64_t begin = max64(indptr[r], low - r - 1), end = min64(indptr[r + 1], high - r - 1);
-      f(Piece{r, begin, end, indptr[r] + r >= low, end == indptr[r + 1]});
+      f(Piece{r, begin, end, begins(t, r), end == indptr[r + 1]});
     }
   }
+  // Whether row r begins in item t, and whether it ends there too.
+  bool begins(int64_t t, int64_t r) const { return indptr[r] + r >= t * step; }
+  bool entire(int64_t t, int64_t r) const { return begins(t, r) && indptr[r + 1] + r < (t + 1) * step; }
   // The row that is cut at the end of item t and begins in it (-1: none), and the item in which it ends.
   int64_t cut_row(int64_t t, int64_t& end_item) const {
     const int64_t high = (t + 1) * step;
@@ -60,13 +64,15 @@ struct RowSplit {
   int64_t items_;
 };
 
-constexpr int64_t kNearBytes = 4 << 20;
 constexpr int64_t kEdgeLanes = 16;  // edges handled together; at least a vector of every set
 
-// Whether the rows that edges point to outgrow a core's cache. Then they are asked for ahead of their turn,
-// and a pass reads the rows of one tensor only: two would push each other out of the caches.
-SACCADE_FORCE bool rows_lie_far(const GatherParams& p, int64_t rows, int64_t heads) {
-  return rows * heads * (p.head_dim + p.head_dim_v) * size_of(p.q.dtype) > kNearBytes;
+// Whether the rows that edges point to outgrow a core's cache. Then sums of them are asked for ahead of their
+// turn, and a pass reads the rows of one tensor only: two would push each other out of the caches. Products
+// read many rows that wait for nothing, and so ahead by themselves: theirs are asked for where they outgrow
+// what cores share as well.
+constexpr int64_t kNearBytes = 4 << 20, kSharedBytes = 16 << 20;
+SACCADE_FORCE bool rows_outgrow(int64_t bytes, const GatherParams& p, int64_t rows, int64_t heads) {
+  return rows * heads * (p.head_dim + p.head_dim_v) * size_of(p.q.dtype) > bytes;
 }
 
 // gcc (12) drops calls of a function that does nothing but prefetch, as if it did nothing at all.
@@ -75,21 +81,33 @@ SACCADE_FORCE void prefetch(const void* at) {
   __asm__ volatile("" : : "r"(at));
 }
 
-// Asks for the rows of `heads` heads from h on that lie at `index`, so that they are there when their turn
-// comes.
-template <typename S>
-SACCADE_FORCE void prefetch_rows(const Rows& x, int64_t b, int64_t h, int64_t heads, int64_t index,
-                                 int64_t d) {
-  const bool joined = x.head == d;
-  const int64_t bytes = (joined ? heads * d : d) * int64_t(sizeof(S));
-  for (int64_t k = 0; k < (joined ? 1 : heads); ++k) {
-    const char* from = row_at(x, b, h + k, index);
-    for (int64_t at = 0; at < bytes; at += 64) prefetch(from + at);
+// Asks for rows of one tensor, all heads of each, so that they are there when their turn comes.
+struct RowsAhead {
+  const char* base = nullptr;
+  int64_t row = 0, head = 0, heads = 0, bytes = 0;
+  const int32_t* index = nullptr;
+  int64_t n = 0;
+
+  RowsAhead() = default;
+  // Those of the edges kEdgeLanes behind the n edges from `at` on.
+  RowsAhead(bool far, const Rows& x, int64_t b, int64_t number, int64_t d, const int32_t* rows, int64_t at,
+            int64_t count, int64_t edges) {
+    if (!far) return;
+    const int64_t size = size_of(x.dtype);
+    const bool joined = number == 1 || x.head == d;
+    base = row_at(x, b, 0, 0);
+    row = x.row * size, head = x.head * size;
+    heads = joined ? 1 : number, bytes = (joined ? number * d : d) * size;
+    index = rows + at + kEdgeLanes;
+    n = max64(0, min64(count, edges - at - kEdgeLanes));
   }
-}
-SACCADE_FORCE int64_t edges_ahead(int64_t at, int64_t n, int64_t edges) {
-  return max64(0, min64(n, edges - at - kEdgeLanes));
-}
+  SACCADE_MEMBER void operator()(int64_t e) const {
+    if (e >= n) return;
+    const char* from = base + index[e] * row;
+    for (int64_t h = 0; h < heads; ++h, from += head)
+      for (int64_t at = 0; at < bytes; at += 64) prefetch(from + at);
+  }
+};
 
 // No further than `n`: what follows belongs to another thread.
 template <typename T>
@@ -108,17 +126,28 @@ SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
          p.dropout_p == 0 && is_softmax(p);
 }
 
-// The edges of one step.
+// Edges that follow each other, of whatever rows.
 struct EdgeGroup {
-  const GatherParams& p;
-  int64_t begin, n, b, row;
-  bool live;  // all_edges_live
+  const GatherParams* p;
+  int64_t b, begin, n;
+  const int32_t* rows;  // the row of each
 
-  EdgeGroup(const GatherParams& params, int64_t batch, int64_t query, int64_t from, int64_t end, bool all)
-      : p(params), begin(from), n(min64(kEdgeLanes, end - from)), b(batch), row(query), live(all) {}
-  int64_t key(int64_t e) const { return p.indices[begin + e]; }
-  int64_t id(int64_t e) const { return p.edge_ids ? p.edge_ids[begin + e] : begin + e; }  // the user's number
+  int64_t key(int64_t e) const { return p->indices[begin + e]; }
+  int64_t id(int64_t e) const {
+    return p->edge_ids ? p->edge_ids[begin + e] : begin + e;
+  }  // the user's number
+  // Up to `most` of them from `at` on.
+  EdgeGroup part(int64_t at, int64_t most) const {
+    return {p, b, begin + at, min64(most, n - at), rows + at};
+  }
 };
+
+// rows[e] = row for the n edges from e = at on. What follows, up to kEdgeLanes of them, is overwritten too:
+// rows are named in their order.
+SACCADE_FORCE void name_row(int32_t* rows, int64_t at, int64_t n, int64_t row) {
+  for (int64_t e = at; e < at + n; e += kEdgeLanes)
+    for (int64_t i = 0; i < kEdgeLanes; ++i) rows[e + i] = int32_t(row);
+}
 
 }  // namespace
 }  // namespace SACCADE_ISA

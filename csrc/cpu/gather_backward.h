@@ -8,160 +8,230 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
+// Up to kBlockEdges edges that follow each other, and the rows, or pieces of rows, that they are.
+constexpr int64_t kBlockEdges = 64;
+struct EdgeBlock {
+  int64_t begin = 0, n = 0, runs = 0;
+  int32_t row[kBlockEdges];  // of each run
+  int64_t end[kBlockEdges];  // of each run, from the block's first edge on
+  RowSplit::Piece piece[kBlockEdges];
+  int32_t rows[kBlockEdges + kEdgeLanes];  // of each edge
+
+  void add(RowSplit::Piece part) {
+    if (n == 0) begin = part.begin, runs = 0;
+    row[runs] = int32_t(part.row);
+    name_row(rows, n, part.end - part.begin, part.row);
+    n += part.end - part.begin;
+    end[runs] = n;
+    piece[runs++] = part;
+  }
+};
+
+// f(block) for the edges of one item; no_edges(piece) where a row has none. `first` and `last` of a piece now
+// say whether the row, or what the item has of it, begins and ends in this block.
+template <typename F, typename G>
+SACCADE_FORCE void for_each_block(const RowSplit& split, int64_t t, EdgeBlock& block, G no_edges, F f) {
+  block.n = 0;
+  split.for_each(t, [&](RowSplit::Piece piece) {
+    if (piece.begin == piece.end) return no_edges(piece);
+    for (int64_t at = piece.begin, n; at < piece.end; at += n) {
+      n = min64(piece.end - at, kBlockEdges - block.n);
+      block.add({piece.row, at, at + n, at == piece.begin, at + n == piece.end});
+      if (block.n == kBlockEdges) f(), block.n = 0;
+    }
+  });
+  if (block.n) f();
+}
+
 // The pass over rows, with one thread's scratch. Numbers of pairs and of heads lie as HeadLanes has them.
 template <typename T, typename S>
 struct RowPass {
   const GatherParams& p;
   GatherScratch<T, S> w;
-  T *dout_rows, *dout_edge_rows, *own, *lse, *low, *delta, *drop, *cap, *dP, *g, *joined;
+  HeadLanes<T> each;  // as w.heads, every head with rows of its own
+  RowReader<T, S> read_dout, read_dout_edge;
+  OwnRows<T> dout, dout_edge;
+  T *q_rows, *own, *lse, *low, *delta;                   // the last three [kBlockEdges][pitch], of runs
+  T *s, *dP, *high_of, *low_of, *delta_of, *drop, *cap;  // [kBlockEdges][pitch], of edges
+  T* nothing;                                            // zeros, as `own`
+  T* numbers;                                            // [kBlockEdges][2][pitch]
+  EdgeBlock block;
   int64_t ldq;
   WeightOf<T> weight_of{false, T(1)};  // edges carry natural logits
-  HeadRows<T> dout, dout_edge;
 
-  RowPass(const GatherParams& params, Arena& a) : p(params), w(params, a) {
-    const int64_t pairs = w.heads.size(kEdgeLanes), lanes = w.heads.lanes();
+  RowPass(const GatherParams& params, Arena& a)
+      : p(params),
+        w(params, a),
+        each(params),
+        read_dout(a, p.heads, p.head_dim_v),
+        read_dout_edge(a, p.heads, p.edge_dim) {
+    const int64_t pairs = w.heads.size(kBlockEdges) + kLanes<T>;
+    each.heads_k = p.heads, each.group = 1;
     ldq = round_up(p.head_dim, kLanes<T>);
-    dout_rows = a.take<T>(p.heads * round_up(p.head_dim_v, kLanes<T>));
-    dout_edge_rows = a.take<T>(p.heads * w.lde);
+    q_rows = a.take<T>(p.heads * max64(ldq, w.lde));
     own = a.take<T>(EdgeNumbers<T>::piece_size(p));
-    lse = a.take<T>(lanes);
-    low = a.take<T>(lanes);
-    delta = a.take<T>(lanes);
+    nothing = a.take<T>(EdgeNumbers<T>::piece_size(p));
+    T** const arrays[] = {&lse, &low, &delta, &s, &dP, &high_of, &low_of, &delta_of};
+    for (T** x : arrays) *x = a.take<T>(pairs);
     drop = a.take<T>(p.dropout_p > 0 ? pairs : 0);
     cap = a.take<T>(p.softcap != 0 ? pairs : 0);
-    dP = a.take<T>(pairs);
-    g = a.take<T>(pairs + kLanes<T>);
-    joined = a.take<T>(2 * pairs + kLanes<T>);
+    numbers = a.take<T>(2 * pairs);
+    if (!a.base) return;
+    memset(lse, 0, size_t(pairs) * sizeof(T));
+    memset(low, 0, size_t(pairs) * sizeof(T));
+    memset(nothing, 0, size_t(EdgeNumbers<T>::piece_size(p)) * sizeof(T));
   }
+  EdgeGroup edges(int64_t b) const { return {&p, b, block.begin, block.n, block.rows}; }
 
-  void read_douts(int64_t b, int64_t row) {
-    dout = read_heads<T, S>(p.dout, b, row, p.heads, p.head_dim_v, dout_rows);
-    if (p.edge_dim) dout_edge = read_heads<T, S>(p.dout_edge, b, row, p.heads, p.edge_dim, dout_edge_rows);
-  }
-  // What belongs to the row as a whole.
-  void prepare(int64_t b, int64_t row) {
-    const HeadLanes<T>& heads = w.heads;
-    read_douts(b, row);
-    w.read_queries(p, b, row);
-    if (!is_softmax(p)) return;
-    pair_sums(heads, 1, w.parts, delta, [&](int64_t, Vec<T>* into) {
-      for (int64_t h = 0; h < p.heads; ++h) {
-        into[h] = dot_part<T, S>(dout[h], typed_row<S>(p.out, b, h, row), p.head_dim_v);
-        if (p.edge_dim)
-          into[h] += dot_part<T, S>(dout_edge[h], typed_row<S>(p.out_edge, b, h, row), p.edge_dim);
-      }
-    });
-    for (int64_t h = 0; h < p.heads; ++h) {
-      const int64_t at = b * p.lse_batch + h * p.lse_head + row;
-      weight_of.split(p.lse[at], lse[h], low[h]);
-      if (p.dlse) delta[h] -= T(p.dlse[at]);
+  // dP of the block, to where a pass over keys will find it: the block's numbers begin with it.
+  void value_block(int64_t b, const EdgeNumbers<T>& to) {
+    const EdgeGroup all = edges(b);
+    for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
+      const EdgeGroup g = all.part(at, kEdgeLanes);
+      w.read_features(p, g);
+      value_dots(g, dP + at * w.heads.pitch);
     }
-    for (int64_t h = p.heads; h < heads.pitch; ++h) lse[h] = low[h] = T(0);
-    T* const numbers[] = {lse, low, delta};
-    for (T* x : numbers)
-      if (heads.pitch < kLanes<T>) store(x, repeat_heads<T>(load(x), heads.pitch));
+    copy_numbers(to.of(b, block.begin), dP, block.n * w.heads.pitch);
   }
 
-  // dP of the edges of one piece, to where a pass over keys will find it: each group's numbers begin with it.
-  void value_piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers) {
-    for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      const EdgeGroup e16(p, b, piece.row, at, piece.end, w.live);
-      w.read_features(p, e16);
-      value_dots(e16);
-      copy_numbers(numbers.of(b, at), dP, e16.n * w.heads.pitch);
-    }
-  }
-
-  // The edges of one piece: their numbers, and their part of dQ (and of the edge queries' gradient, behind
-  // it).
-  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dq, double* dW) {
+  // The numbers of the block's edges.
+  void find_numbers(int64_t b, const EdgeNumbers<T>& to) {
     const HeadLanes<T>& heads = w.heads;
-    for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      const EdgeGroup e16(p, b, piece.row, at, piece.end, w.live);
-      const EdgeRows<S> keys(p.k, b, p.indices + at, e16.n);
-      const int64_t pairs = e16.n * heads.pitch;
-      w.read_features(p, e16);
-      if (w.far)
-        copy_numbers(dP, numbers.of(b, at), pairs);
-      else
-        value_dots(e16);
-      edge_logits<T, S>(p, e16, keys, w, cap);
-      if (p.dropout_p > 0) {
-        for (int64_t c = 0; c < heads.size(e16.n); ++c) drop[c] = T(1);
-        drop_edges(p, e16, heads.pitch, drop);
+    const int64_t pairs = block.n * heads.pitch;
+    const EdgeGroup all = edges(b);
+    if (is_softmax(p)) prepare(b);
+    if (w.far) copy_numbers(dP, to.of(b, block.begin), pairs);
+    for (int64_t at = 0; at < block.n; at += kEdgeLanes) {
+      const EdgeGroup g = all.part(at, kEdgeLanes);
+      w.read_features(p, g);
+      if (!w.far) value_dots(g, dP + at * heads.pitch);
+      edge_logits<T, S>(p, g, w, s + at * heads.pitch, cap + at * heads.pitch);
+    }
+    if (p.dropout_p > 0) {
+      for (int64_t c = 0; c < heads.size(block.n); ++c) drop[c] = T(1);
+      drop_edges(p, all, heads.pitch, drop);
+    }
+    weigh(heads.size(block.n));
+    copy_numbers(to.of(b, block.begin), numbers, 2 * pairs);
+    if (p.needs & kNeedEdgeBias)
+      copy_numbers(to.logit + (b * p.edges + block.begin) * heads.pitch, dP, pairs);
+  }
+
+  // Run r's part of dQ (and of the edge queries' gradient, behind it).
+  void add_queries(int64_t b, int64_t r, T* dq, double* dW) {
+    const HeadLanes<T>& heads = w.heads;
+    const RowSplit::Piece& run = block.piece[r];
+    const EdgeGroup all = edges(b).part(run.begin - block.begin, run.end - run.begin);
+    T* dqe = dq + p.heads * ldq;
+    HeadRows<T> q{};
+    if (p.score != Score::kDot) q = read_heads<T, S>(p.q, b, run.row, p.heads, p.head_dim, q_rows);
+    for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
+      const EdgeGroup g = all.part(at, kEdgeLanes);
+      const EdgeRows<S> keys(p.k, b, p.indices + g.begin, g.n);
+      const T* grads = numbers + (2 * (g.begin - block.begin) + 1) * heads.pitch;
+      const bool fresh = run.first && at == 0;
+      if (p.score != Score::kDot) {
+        const JointRows<T> rows = w.joint.join(p, same_rows(q), 1, g.n, [&](int64_t e) { return g.id(e); });
+        for (int64_t h = 0; h < p.heads; ++h)
+          additive_edge_gradient<T, S>(p, h, rows, keys, heads.key(h), g.n, fresh, dq + h * ldq,
+                                       dW + h * p.head_dim, grads + h, 2 * heads.pitch);
+        continue;
       }
-      weigh(heads.size(e16.n));
-      join_numbers(e16.n);
-      copy_numbers(numbers.of(b, at), joined, 2 * pairs);
-      if (p.needs & kNeedEdgeBias) copy_numbers(numbers.logit + (b * p.edges + at) * heads.pitch, dP, pairs);
-      if (p.needs & (kNeedQ | kNeedEdgeQ | kNeedWeight)) add_queries(e16, keys, at == piece.begin, dq, dW);
+      edge_sums<false>(heads, w.live, dq, ldq, fresh, keys, g.n, p.head_dim, grads, 2 * heads.pitch, w.zeros);
+      if (!p.edge_dim) continue;
+      w.read_features(p, g);
+      edge_sums<false>(heads, w.live, dqe, w.lde, fresh, w.feature_rows, g.n, p.edge_dim, grads,
+                       2 * heads.pitch, w.zero_features);
     }
   }
 
  private:
-  // dP[pair] = dout . value, and its part through the edges' features.
-  void value_dots(const EdgeGroup& g) {
-    const EdgeRows<S> values(p.v, g.b, p.indices + g.begin, g.n);
-    const int64_t ahead = w.far ? edges_ahead(g.begin, g.n, p.edges) : 0;
-    pair_dots<T, S>(w.heads, dout, values, g.n, p.head_dim_v, w.parts, dP, [&](int64_t e) {
-      if (e < ahead)
-        prefetch_rows<S>(p.v, g.b, 0, p.heads_k, p.indices[g.begin + kEdgeLanes + e], p.head_dim_v);
-    });
-    w.add_feature_dots(p, dout_edge, g.n, dP);
+  // What belongs to the rows as wholes, run by run, and again edge by edge.
+  void prepare(int64_t b) {
+    const HeadLanes<T>& heads = w.heads;
+    const int64_t pitch = heads.pitch;
+    for (int64_t at = 0; at < block.runs; at += kEdgeLanes) {
+      const int64_t n = min64(kEdgeLanes, block.runs - at);
+      T* const to = delta + at * pitch;
+      read_dout.read(p.dout, b, block.row + at, n, dout);
+      EdgeRows<S> out(p.out, b, block.row + at, n);
+      pair_dots<T, S>(each, dout, out, n, p.head_dim_v, RowsAhead(), w.parts, to);
+      if (!p.edge_dim) continue;
+      read_dout_edge.read(p.dout_edge, b, block.row + at, n, dout_edge);
+      EdgeRows<S> out_edge(p.out_edge, b, block.row + at, n);
+      pair_dots<T, S>(each, dout_edge, out_edge, n, p.edge_dim, RowsAhead(), w.parts, w.extra);
+      for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(w.extra + c));
+    }
+    for (int64_t r = 0; r < block.runs; ++r)
+      for (int64_t h = 0; h < p.heads; ++h) {
+        const int64_t at = b * p.lse_batch + h * p.lse_head + block.row[r], x = r * pitch + h;
+        weight_of.split(p.lse[at], lse[x], low[x]);
+        if (p.dlse) delta[x] -= T(p.dlse[at]);
+      }
+    for (int64_t r = 0; r < block.runs; ++r) {
+      const int64_t begin = r ? block.end[r - 1] : 0;
+      spread(lse + r * pitch, begin, block.end[r], high_of);
+      spread(low + r * pitch, begin, block.end[r], low_of);
+      spread(delta + r * pitch, begin, block.end[r], delta_of);
+    }
   }
-  // w.s: logits to weights after dropout; dP to the gradient of the logit; g that of the bare score. Exactly
-  // 0 where an edge is masked.
+  // The numbers of a run's heads, to each of its edges; the last vector may reach too far, where the next run
+  // writes again.
+  void spread(const T* from, int64_t begin, int64_t end, T* to) {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t pitch = w.heads.pitch;
+    if (pitch <= L) {
+      const Vec<T> x = repeat_heads<T>(load(from), pitch);
+      for (int64_t c = begin * pitch; c < end * pitch; c += L) store(to + c, x);
+      return;
+    }
+    for (int64_t e = begin; e < end; ++e)
+      for (int64_t c = 0; c < pitch; c += L) store(to + e * pitch + c, load(from + c));
+  }
+  // dP[pair] = dout . value, and its part through the edges' features.
+  void value_dots(const EdgeGroup& g, T* to) {
+    EdgeRows<S> values(p.v, g.b, p.indices + g.begin, g.n);
+    const RowsAhead ask(w.beyond, p.v, g.b, p.heads_k, p.head_dim_v, p.indices, g.begin, g.n, p.edges);
+    read_dout.read(p.dout, g.b, g.rows, g.n, dout);
+    pair_dots<T, S>(w.heads, dout, values, g.n, p.head_dim_v, ask, w.parts, to);
+    if (!p.edge_dim) return;
+    read_dout_edge.read(p.dout_edge, g.b, g.rows, g.n, dout_edge);
+    w.add_feature_dots(p, dout_edge, g.n, to);
+  }
+  // From logits and dP: weights after dropout and gradients of the bare score, edge by edge, into `numbers`;
+  // dP becomes the gradient of the logit. Exactly 0 where an edge is masked.
   void weigh(int64_t size) {
     constexpr int L = kLanes<T>;
-    const int64_t step = w.heads.lanes();
+    const int64_t pitch = w.heads.pitch;
     const Vec<T> none{};
-    for (int64_t c = 0, h = 0; c < size; c += L, h = h + L < step ? h + L : 0) {
-      const Vec<T> logit = load(w.s + c);
+    for (int64_t c = 0; c < size; c += L) {
+      const Vec<T> logit = load(s + c);
       Vec<T> d = load(dP + c), weight, grad;
       if (p.dropout_p > 0) d = d * load(drop + c);
       if (is_softmax(p)) {
-        weight = weight_of(logit, load(lse + h), load(low + h));
-        grad = weight * (d - load(delta + h));
+        weight = weight_of(logit, load(high_of + c), load(low_of + c));
+        grad = weight * (d - load(delta_of + c));
       } else {
         weight = activate<T>(p.activation, logit);
         grad = p.activation == Activation::kReLU ? (weight > T(0) ? d : none) : weight * (T(1) - weight) * d;
       }
       if (p.dropout_p > 0) weight = weight * load(drop + c);
+      weight = logit == -kInf<T> ? none : weight;
       grad = logit == -kInf<T> ? none : grad;
-      store(w.s + c, logit == -kInf<T> ? none : weight);
       store(dP + c, grad);
       Vec<T> raw = grad * T(p.scale);
       if (p.softcap != 0) {
         const Vec<T> t = load(cap + c);
         raw = raw == T(0) ? none : raw * (T(1) - t * t);  // a masked edge's t may be NaN
       }
-      store(g + c, raw);
+      if (pitch < L) {
+        store_blocks<T>(numbers + 2 * c, weight, raw, pitch);
+      } else {
+        T* const to = numbers + 2 * (c - c % pitch) + c % pitch;
+        store(to, weight);
+        store(to + pitch, raw);
+      }
     }
-  }
-  // Weights and score gradients edge by edge; a vector that reaches too far is written over by the next.
-  void join_numbers(int64_t n) {
-    const int64_t pitch = w.heads.pitch;
-    for (int64_t e = 0; e < n; ++e)
-      for (int64_t part = 0; part < 2; ++part)
-        for (int64_t c = 0; c < pitch; c += kLanes<T>)
-          store(joined + (2 * e + part) * pitch + c, load((part ? g : w.s) + e * pitch + c));
-  }
-  void add_queries(const EdgeGroup& e16, const EdgeRows<S>& keys, bool fresh, T* dq, double* dW) {
-    const HeadLanes<T>& heads = w.heads;
-    T* dqe = dq + p.heads * ldq;
-    if (p.score != Score::kDot) {
-      for (int64_t h = 0; h < p.heads; ++h)
-        additive_edge_gradient<T, S>(p, h, w.own, keys, heads.key(h), e16.n, fresh, dq + h * ldq,
-                                     dW + h * p.head_dim, g + h, heads.pitch);
-      return;
-    }
-    const int64_t together = heads_together(e16.live, heads, keys.head, p.head_dim);
-    for (int64_t h = 0; h < p.heads; h += together)
-      edge_sums<T, S>(together, e16.live, dq + h * ldq, fresh, keys, heads.key(h), e16.n, p.head_dim, g + h,
-                      heads.pitch, w.zeros);
-    for (int64_t h = 0; p.edge_dim && h < p.heads; ++h)
-      edge_sums<T, T>(1, e16.live, dqe + h * w.lde, fresh, w.feature_rows, 0, e16.n, p.edge_dim, g + h,
-                      heads.pitch, w.zero_features);
   }
 };
 
@@ -175,44 +245,55 @@ static void write_queries(const GatherParams& p, int64_t b, int64_t row, const T
 
 template <typename T, typename S>
 static void gather_values_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
-  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
+  const RowSplit split = row_split<T>(p);
   const int64_t b = item / split.items(), t = item % split.items();
   Arena arena{scratch}, shared{workspace};
   RowPass<T, S> pass(p, arena);
   const EdgeNumbers<T> numbers(p, shared);
-  split.for_each(t, [&](RowSplit::Piece piece) {
-    if (piece.begin < piece.end) pass.read_douts(b, piece.row);
-    pass.value_piece(b, piece, numbers);
-  });
+  for_each_block(split, t, pass.block, [](RowSplit::Piece) {}, [&] { pass.value_block(b, numbers); });
 }
 
 template <typename T, typename S>
 static void gather_rows_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
-  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
+  const RowSplit split = row_split<T>(p);
   const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::piece_size(p);
   Arena arena{scratch}, shared{workspace};
   RowPass<T, S> pass(p, arena);
-  EdgeNumbers<T> numbers(p, shared);
+  const EdgeNumbers<T> numbers(p, shared);
   double* dW = p.weight ? numbers.dweight + item * p.heads * p.head_dim : nullptr;
   if (dW) memset(dW, 0, size_t(p.heads * p.head_dim) * sizeof(double));
-  split.for_each(t, [&](RowSplit::Piece piece) {
-    const bool entire = piece.first && piece.last;
-    T* const place = entire && p.edge_dim == 0 && p.needs & kNeedQ
-                         ? sums_in_place<T, S>(p.dq, b, piece.row, p.heads, p.head_dim)
-                         : nullptr;
-    T* dq = place    ? place
-            : entire ? pass.own
-                     : shared_piece(numbers.pieces, size, split.items(), b, t, piece.first ? 1 : 0);
-    if (piece.begin == piece.end) memset(dq, 0, size_t(size) * sizeof(T));
-    pass.prepare(b, piece.row);
-    pass.piece(b, piece, numbers, dq, dW);
-    if (entire && !place) write_queries<T, S>(p, b, piece.row, dq, pass.ldq, pass.w.lde);
+  // A row that is whole in this item, and one of which neighbours have a part.
+  const auto whole = [&](int64_t row) { return split.entire(t, row); };
+  const auto sums_of = [&](int64_t row) {
+    return whole(row) ? pass.own
+                      : shared_piece(numbers.pieces, size, split.items(), b, t, split.begins(t, row) ? 1 : 0);
+  };
+  const auto no_edges = [&](RowSplit::Piece piece) {
+    if (whole(piece.row))
+      write_queries<T, S>(p, b, piece.row, pass.nothing, pass.ldq, pass.w.lde);
+    else
+      memset(sums_of(piece.row), 0, size_t(size) * sizeof(T));
+  };
+  for_each_block(split, t, pass.block, no_edges, [&] {
+    pass.find_numbers(b, numbers);
+    if (!(p.needs & (kNeedQ | kNeedEdgeQ | kNeedWeight))) return;
+    for (int64_t r = 0; r < pass.block.runs; ++r) {
+      const int64_t row = pass.block.row[r];
+      const bool entire = whole(row);
+      T* const place = entire && p.edge_dim == 0 && p.needs & kNeedQ
+                           ? sums_in_place<T, S>(p.dq, b, row, p.heads, p.head_dim)
+                           : nullptr;
+      T* const dq = place ? place : sums_of(row);
+      pass.add_queries(b, r, dq, dW);
+      if (entire && !place && pass.block.piece[r].last)
+        write_queries<T, S>(p, b, row, dq, pass.ldq, pass.w.lde);
+    }
   });
 }
 
 template <typename T, typename S>
 static void gather_rows_merge(const GatherParams& p, int64_t item, char*, char* workspace) {
-  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
+  const RowSplit split = row_split<T>(p);
   Arena shared{workspace};
   const EdgeNumbers<T> numbers(p, shared);
   T* sum;
@@ -225,7 +306,7 @@ static void gather_rows_merge(const GatherParams& p, int64_t item, char*, char* 
 template <typename T, typename S>
 static Plan<GatherParams> gather_backward_plan(const GatherParams& p) {
   Plan<GatherParams> plan;
-  const RowSplit rows(p.indptr, p.seqlen_q, p.edges), columns(p.t_indptr, p.seqlen_k, p.edges);
+  const RowSplit rows = row_split<T>(p), columns = column_split<T>(p);
   Arena a{nullptr}, b{nullptr}, c{nullptr}, shared{nullptr};
   const RowPass<T, S> row_pass(p, a);
   const ColumnPass<T, S> column_pass(p, b);

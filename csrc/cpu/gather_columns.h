@@ -30,8 +30,7 @@ struct EdgeNumbers {
   EdgeNumbers(const GatherParams& p, Arena& a) : pitch(HeadLanes<T>(p).pitch) {
     // Whole vectors are read from the last edge on.
     const int64_t numbers = p.batch * p.edges * pitch + kLanes<T>;
-    const int64_t items = RowSplit(p.indptr, p.seqlen_q, p.edges).items(),
-                  t_items = RowSplit(p.t_indptr, p.seqlen_k, p.edges).items();
+    const int64_t items = row_split<T>(p).items(), t_items = column_split<T>(p).items();
     pairs = a.take<T>(2 * numbers);
     logit = a.take<T>(p.needs & kNeedEdgeBias ? numbers : 0);
     pieces = a.take<T>(p.batch * items * 2 * piece_size(p));
@@ -119,7 +118,7 @@ struct ColumnPass {
         heads(params),
         joint(params, a),
         live(all_edges_live(params)),
-        far(rows_lie_far(params, params.seqlen_q, params.heads)) {
+        far(rows_outgrow(kNearBytes, params, params.seqlen_q, params.heads)) {
     const int64_t widest = max64(p.head_dim, p.head_dim_v);
     ldk = round_up(p.head_dim, kLanes<T>);
     ldv = round_up(p.head_dim_v, kLanes<T>);
@@ -156,7 +155,7 @@ struct ColumnPass {
   // The numbers of these edges side by side; those of the next are asked for. Each edge's last vector may
   // reach into the next edge, which is written after it.
   void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers) {
-    const int64_t step = 2 * heads.pitch, ahead = edges_ahead(at, n, p.edges);
+    const int64_t step = 2 * heads.pitch, ahead = min64(n, p.edges - at - kEdgeLanes);
     for (int64_t e = 0; e < n; ++e) {
       const T* from = numbers.of(b, p.t_edges[at + e]);
       for (int64_t c = 0; c < step; c += kLanes<T>) store(pairs + e * step + c, load(from + c));
@@ -167,22 +166,18 @@ struct ColumnPass {
   // written, not added.
   void add_rows(int64_t b, int64_t at, RowSplit::Piece piece, const Rows& x, int64_t d, const T* weights,
                 T* sums, int64_t ld) {
-    const int64_t n = min64(kEdgeLanes, piece.end - at), ahead = far ? edges_ahead(at, n, p.edges) : 0;
-    const int32_t* later = p.t_rows + at + kEdgeLanes;
+    const int64_t n = min64(kEdgeLanes, piece.end - at);
+    const RowsAhead ask(far, x, b, p.heads, d, p.t_rows, at, n, p.edges);
     const EdgeRows<S> rows(x, b, p.t_rows + at, n);
-    const int64_t together = heads_together(live, heads, rows.head, d);
-    for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(x, b, 0, p.heads, later[e], d);
-    for (int64_t h = 0; h < p.heads; h += together) {
-      edge_sums<T, S>(together, live, sums + heads.key(h) * ld, at == piece.begin && heads.opens(h), rows, h,
-                      n, d, weights + h, 2 * heads.pitch, zeros);
-    }
+    for (int64_t e = 0; e < ask.n; ++e) ask(e);
+    edge_sums<true>(heads, live, sums, ld, at == piece.begin, rows, n, d, weights, 2 * heads.pitch, zeros);
   }
   void add_additive(int64_t b, int64_t at, RowSplit::Piece piece, const T* grads, T* dk) {
     const int64_t n = min64(kEdgeLanes, piece.end - at);
     const EdgeRows<S> queries(p.q, b, p.t_rows + at, n);
-    for (int64_t e = 0; far && e < edges_ahead(at, n, p.edges); ++e)
-      prefetch_rows<S>(p.q, b, 0, p.heads, p.t_rows[at + kEdgeLanes + e], p.head_dim);
-    const JointRows<T> own = joint.join(p, keys, heads.group, n, [&](int64_t e) {
+    const RowsAhead ask(far, p.q, b, p.heads, p.head_dim, p.t_rows, at, n, p.edges);
+    for (int64_t e = 0; e < ask.n; ++e) ask(e);
+    const JointRows<T> own = joint.join(p, same_rows(keys), heads.group, n, [&](int64_t e) {
       const int64_t place = p.t_edges[at + e];
       return p.edge_ids ? p.edge_ids[place] : place;
     });
@@ -195,7 +190,7 @@ struct ColumnPass {
 // dK, dV or both of the keys of one item of the transposed graph.
 template <typename T, typename S, int64_t Needs>
 static void gather_columns_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
-  const RowSplit split(p.t_indptr, p.seqlen_k, p.edges);
+  const RowSplit split = column_split<T>(p);
   const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::column_size(p);
   Arena arena{scratch}, shared{workspace};
   const EdgeNumbers<T> numbers(p, shared);
@@ -216,7 +211,7 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
 
 template <typename T, typename S>
 static void gather_columns_merge(const GatherParams& p, int64_t item, char*, char* workspace) {
-  const RowSplit split(p.t_indptr, p.seqlen_k, p.edges);
+  const RowSplit split = column_split<T>(p);
   Arena shared{workspace};
   const EdgeNumbers<T> numbers(p, shared);
   T* sum;

@@ -24,7 +24,7 @@ static void gather_edges_item(const GatherParams& p, int64_t item, char* scratch
   const int64_t H = p.heads;
   if (item == edge_items(p)) {
     if (!(p.needs & kNeedWeight)) return;
-    const int64_t n = H * p.head_dim, parts = p.batch * RowSplit(p.indptr, p.seqlen_q, p.edges).items();
+    const int64_t n = H * p.head_dim, parts = p.batch * row_split<T>(p).items();
     T* dw = static_cast<T*>(p.dweight);
     for (int64_t x = 0; x < n; ++x) {
       double sum = 0;
@@ -75,8 +75,9 @@ struct JointPass {
   const GatherParams& p;
   HeadLanes<T> heads;
   JointFeatures<T> joint;
-  T *query_rows, *sums, *de;  // queries and J [kEdgeLanes][H][ld]
-  Vec<T>* parts;              // of de of four edges
+  RowReader<T, S> read_q;
+  T *sums, *de;   // J [kEdgeLanes][H][ld]
+  Vec<T>* parts;  // of de of four edges
   const int64_t width, lde;
   const bool far;
 
@@ -84,10 +85,10 @@ struct JointPass {
       : p(params),
         heads(params),
         joint(params, a),
+        read_q(a, params.heads, params.head_dim),
         width(params.heads * joint.ld),
         lde(round_up(params.joint_dim, L)),
-        far(rows_lie_far(params, params.seqlen_k, params.heads_k)) {
-    query_rows = a.take<T>(kEdgeLanes * width);
+        far(rows_outgrow(kNearBytes, params, params.seqlen_k, params.heads_k)) {
     sums = a.take<T>(kEdgeLanes * width);
     de = a.take<T>(lde);
     parts = a.take<Vec<T>>(4 * lde);
@@ -97,37 +98,33 @@ struct JointPass {
 
   // n edges from `at` on; `row` is the first one's.
   void group(const EdgeNumbers<T>& numbers, int64_t row, int64_t at, int64_t n, double* dW) {
-    int64_t rows[kEdgeLanes];
-    HeadRows<T> q[kEdgeLanes];
+    int32_t rows[kEdgeLanes];
+    OwnRows<T> q;
     for (int64_t e = 0; e < n; ++e) {
       while (p.indptr[row + 1] <= at + e) ++row;
-      rows[e] = row;
+      rows[e] = int32_t(row);
     }
     memset(sums, 0, size_t(kEdgeLanes * width) * sizeof(T));
     bool live[kEdgeLanes] = {};
-    const int64_t ahead = far ? edges_ahead(at, n, p.edges) : 0;
     for (int64_t b = 0; b < p.batch; ++b) {
-      for (int64_t e = 0; e < ahead; ++e)
-        prefetch_rows<S>(p.k, b, 0, p.heads_k, p.indices[at + kEdgeLanes + e], p.head_dim);
-      for (int64_t e = 0; e < n; ++e)
-        q[e] = e > 0 && rows[e] == rows[e - 1]
-                   ? q[e - 1]
-                   : read_heads<T, S>(p.q, b, rows[e], p.heads, p.head_dim, query_rows + e * width);
+      const RowsAhead ask(far, p.k, b, p.heads_k, p.head_dim, p.indices, at, n, p.edges);
+      for (int64_t e = 0; e < ask.n; ++e) ask(e);
+      read_q.read(p.q, b, rows, n, q);
       const EdgeRows<S> keys(p.k, b, p.indices + at, n);
-      const JointRows<T> own = joint.join_each(
-          p, [&](int64_t e, int64_t h) { return q[e][h]; }, n, [&](int64_t e) { return id(at + e); });
-      for (int64_t e = 0; e < n; ++e)
+      const JointRows<T> own = joint.join(p, q, 1, n, [&](int64_t e) { return id(at + e); });
+      EdgeRows<S> key;
+      JointRows<T> mine;
+      key.head = keys.head, mine.rows.head = own.rows.head, mine.group = own.group;
+      for (int64_t e = 0; e < n; ++e) {
+        key.at[0] = keys.at[e], mine.rows.at[0] = own.rows.at[e];
         for (int64_t h = 0; h < p.heads; ++h) {
           const T grad = numbers.of(b, at + e)[heads.pitch + h];
           if (grad == T(0)) continue;
           live[e] = true;
-          EdgeRows<S> key;
-          key.at[0] = keys.at[e];
-          key.head = keys.head;
-          const JointRows<T> mine{own.of(e, h), 0, 0, 1};
           additive_edge_gradient<T, S>(p, h, mine, key, heads.key(h), 1, false,
                                        sums + e * width + h * joint.ld, nullptr, &grad, 1);
         }
+      }
     }
     for (int64_t e = 0; e < n; ++e)
       if (!live[e]) memset(joint.features + e * joint.dim, 0, size_t(joint.dim) * sizeof(T));

@@ -1,4 +1,6 @@
-// The gather body, forward: one query's edges at a time, an online softmax per head.
+// The gather body, forward, an item of rows at a time: the logits of all their edges, whatever rows they
+// belong to; then the softmax of every row; then its sum of values. Rows are short, and each waits for itself
+// at every step: what stands in another row's numbers can be worked on meanwhile.
 #pragma once
 #include "gather_logits.h"
 
@@ -6,8 +8,8 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
-// A query row in the making: m (natural logit) and l per head, in lanes as HeadLanes has them; and the padded
-// sums of values and of edge features.
+// The state of a row, or of a piece of one: m (natural logit) and l per head, in lanes as HeadLanes has them;
+// and the padded sums of values and of edge features.
 template <typename T>
 struct GatherState {
   T *m, *l, *O, *E;
@@ -27,54 +29,39 @@ struct GatherState {
     m = E + p.heads * lde;
     l = m + lanes;
   }
-  // The sums of a row that has edges are written first and added to later.
-  void clear(const GatherParams& p, bool edges) {
-    if (!edges) memset(O, 0, size_t(p.heads * (ldo + lde)) * sizeof(T));
-    for (int64_t h = 0; h < lanes; ++h) m[h] = -kInf<T>, l[h] = T(0);
-  }
 };
 
-// Multiplies what the heads of lanes [c, c + L) have summed by their alpha.
+// The softmax of one row of `size` numbers: m and l of its heads, and its weights, not yet normalised. What
+// lies in the last vector beyond the row is overwritten, by rows in their order.
 template <typename T>
-static void rescale_heads(const GatherParams& p, int64_t c, Vec<T> alpha, GatherState<T>& state) {
-  for (int64_t h = c; h < min64(p.heads, c + kLanes<T>); ++h) {
-    const T factor = alpha[int(h - c)];
-    T *O = state.O + h * state.ldo, *E = state.E + h * state.lde;
-    for (int64_t x = 0; x < state.ldo; x += kLanes<T>) store(O + x, load(O + x) * factor);
-    for (int64_t x = 0; x < state.lde; x += kLanes<T>) store(E + x, load(E + x) * factor);
-  }
-}
-
-// The edges of a group join the running softmax of every head; s turns from logits into weights.
-template <typename T>
-static void edge_softmax(const GatherParams& p, const HeadLanes<T>& heads, int64_t n, bool fresh, T* s,
-                         GatherState<T>& state) {
+static void row_softmax(const HeadLanes<T>& heads, int64_t size, const T* logits, T* weights, T* m, T* l) {
   constexpr int L = kLanes<T>;
-  const int64_t size = heads.size(n), step = heads.lanes();
-  if (!is_softmax(p)) {
-    for (int64_t c = 0; c < size; c += L) store(s + c, activate<T>(p.activation, load(s + c)));
-    return;
-  }
+  const int64_t step = heads.lanes(), rest = size % L;
+  const VecI<T> inside = iota<T>() < typename VecOf<T>::Int(rest);
+  const auto add = [](Vec<T> a, Vec<T> b) { return a + b; };
+  const auto larger = [](Vec<T> a, Vec<T> b) { return vmax<T>(a, b); };
   for (int64_t c = 0; c < step; c += L) {
-    Vec<T> top = load(s + c);
-    for (int64_t x = c + step; x < size; x += step) top = vmax<T>(load(s + x), top);
-    top = fold_heads<T>(top, heads.pitch, [](Vec<T> a, Vec<T> b) { return vmax<T>(a, b); });
-    const Vec<T> old = load(state.m + c), now = vmax<T>(top, old);
-    const Vec<T> pivot = now == -kInf<T> ? Vec<T>{} : now;
-    store(state.m + c, now);
-    Vec<T> sum{};
-    for (int64_t x = c; x < size; x += step) {
-      const Vec<T> weight = exp2v<T>((load(s + x) - pivot) * T(kLog2e));
-      store(s + x, weight);
+    Vec<T> top = splat<T>(-kInf<T>), sum{}, last{};
+    if (step == L) {  // otherwise an edge's numbers are whole vectors
+      last = load(logits + size - rest);
+      top = inside ? last : top;
+    }
+    for (int64_t x = c; x + L <= size; x += step) top = vmax<T>(load(logits + x), top);
+    top = vmax<T>(fold_heads<T>(top, heads.pitch, larger), splat<T>(-kInf<T>));
+    const Vec<T> pivot = top == -kInf<T> ? Vec<T>{} : top;
+    const auto weigh = [pivot](Vec<T> x) { return exp2v<T>((x - pivot) * T(kLog2e)); };
+    for (int64_t x = c; x + L <= size; x += step) {
+      const Vec<T> weight = weigh(load(logits + x));
+      store(weights + x, weight);
       sum += weight;
     }
-    sum = fold_heads<T>(sum, heads.pitch, [](Vec<T> a, Vec<T> b) { return a + b; });
-    if (!fresh) {
-      const Vec<T> alpha = exp2v<T>((old - pivot) * T(kLog2e));
-      sum += load(state.l + c) * alpha;
-      if (any_lane(now > old)) rescale_heads(p, c, alpha, state);
+    if (step == L) {
+      const Vec<T> weight = inside ? weigh(last) : Vec<T>{};
+      store(weights + size - rest, weight);
+      sum += weight;
     }
-    store(state.l + c, sum);
+    store(m + c, top);
+    store(l + c, fold_heads<T>(sum, heads.pitch, add));
   }
 }
 
@@ -85,62 +72,84 @@ struct ForwardSpace {
   T *pieces, *logits;
   bool far;
 
-  ForwardSpace(const GatherParams& p, Arena& a) : far(rows_lie_far(p, p.seqlen_k, p.heads_k)) {
-    const int64_t items = RowSplit(p.indptr, p.seqlen_q, p.edges).items();
-    pieces = a.take<T>(p.batch * items * 2 * GatherState<T>::size(p));
-    logits = a.take<T>(far ? p.batch * p.edges * HeadLanes<T>(p).pitch : 0);
+  ForwardSpace(const GatherParams& p, Arena& a) : far(rows_outgrow(kNearBytes, p, p.seqlen_k, p.heads_k)) {
+    pieces = a.take<T>(p.batch * row_split<T>(p).items() * 2 * GatherState<T>::size(p));
+    // Whole vectors are read from the last row on.
+    logits = a.take<T>(far ? p.batch * p.edges * HeadLanes<T>(p).pitch + kLanes<T> : 0);
+  }
+};
+
+// One thread's scratch, and the edges of its item: their rows, their logits, their weights.
+template <typename T, typename S>
+struct ForwardPass {
+  const GatherParams& p;
+  GatherScratch<T, S> w;
+  GatherState<T> own;
+  T *logits, *weights;
+  int32_t* rows;
+  EdgeGroup edges;
+
+  ForwardPass(const GatherParams& params, Arena& a)
+      : p(params),
+        w(params, a),
+        own(params, a.take<T>(GatherState<T>::size(params))),
+        edges{&p, 0, 0, 0, nullptr} {
+    const int64_t most = row_split<T>(p).step;
+    logits = a.take<T>(w.heads.size(most) + kLanes<T>);
+    weights = a.take<T>(w.heads.size(most) + kLanes<T>);
+    rows = a.take<int32_t>(most + kEdgeLanes);
+  }
+
+  void name_rows(const RowSplit& split, int64_t b, int64_t t) {
+    int64_t begin = -1, n = 0;
+    split.for_each(t, [&](RowSplit::Piece piece) {
+      if (begin < 0) begin = piece.begin;
+      name_row(rows, n, piece.end - piece.begin, piece.row);
+      n += piece.end - piece.begin;
+    });
+    edges = {&p, b, begin, n, rows};
+  }
+  void find_logits() {
+    for (int64_t at = 0; at < edges.n; at += kEdgeLanes) {
+      const EdgeGroup g = edges.part(at, kEdgeLanes);
+      w.read_features(p, g);
+      edge_logits<T, S>(p, g, w, logits + at * w.heads.pitch, nullptr);
+    }
+  }
+  // O and E of the rows or pieces of rows from the weights of their edges.
+  void sum_values(RowSplit::Piece piece, T* O, int64_t ldo, T* E) {
+    const int64_t first = piece.begin - edges.begin;
+    const EdgeGroup all = edges.part(first, piece.end - piece.begin);
+    if (all.n == 0) {
+      memset(O, 0, size_t(p.heads * ldo) * sizeof(T));
+      memset(E, 0, size_t(p.heads * w.lde) * sizeof(T));
+    }
+    for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
+      const EdgeGroup g = all.part(at, kEdgeLanes);
+      const EdgeRows<S> values(p.v, g.b, p.indices + g.begin, g.n);
+      const T* weight = weights + (first + at) * w.heads.pitch;
+      const RowsAhead ask(w.far, p.v, g.b, p.heads_k, p.head_dim_v, p.indices, g.begin, g.n, p.edges);
+      for (int64_t e = 0; e < ask.n; ++e) ask(e);
+      edge_sums<false>(w.heads, w.live, O, ldo, at == 0, values, g.n, p.head_dim_v, weight, w.heads.pitch,
+                       w.zeros);
+      if (!p.edge_dim) continue;
+      w.read_features(p, g);
+      edge_sums<false>(w.heads, w.live, E, w.lde, at == 0, w.feature_rows, g.n, p.edge_dim, weight,
+                       w.heads.pitch, w.zero_features);
+    }
   }
 };
 
 template <typename T, typename S>
 static void gather_logits_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
-  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
-  const int64_t b = item / split.items(), t = item % split.items();
+  const RowSplit split = row_split<T>(p);
   Arena arena{scratch}, shared{workspace};
-  GatherScratch<T, S> w(p, arena);
-  const ForwardSpace<T> space(p, shared);
-  split.for_each(t, [&](RowSplit::Piece piece) {
-    if (piece.begin < piece.end) w.read_queries(p, b, piece.row);
-    for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      const EdgeGroup g(p, b, piece.row, at, piece.end, w.live);
-      w.read_features(p, g);
-      edge_logits<T, S>(p, g, EdgeRows<S>(p.k, b, p.indices + at, g.n), w, nullptr);
-      copy_numbers(space.logits + (b * p.edges + at) * w.heads.pitch, w.s, g.n * w.heads.pitch);
-    }
-  });
-}
-
-template <typename T, typename S>
-static void forward_piece(const GatherParams& p, int64_t b, RowSplit::Piece piece, GatherScratch<T, S>& w,
-                          const ForwardSpace<T>& space, GatherState<T>& state) {
-  const HeadLanes<T>& heads = w.heads;
-  for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-    const EdgeGroup g(p, b, piece.row, at, piece.end, w.live);
-    const EdgeRows<S> values(p.v, b, p.indices + at, g.n);
-    const bool fresh = at == piece.begin;
-    w.read_features(p, g);
-    if (space.far) {
-      const int64_t pairs = g.n * heads.pitch;
-      copy_numbers(w.s, space.logits + (b * p.edges + at) * heads.pitch, pairs);
-      for (int64_t c = pairs; c < heads.size(g.n); ++c) w.s[c] = -kInf<T>;
-    } else {
-      edge_logits<T, S>(p, g, EdgeRows<S>(p.k, b, p.indices + at, g.n), w, nullptr);
-    }
-    edge_softmax(p, heads, g.n, fresh, w.s, state);
-    if (p.dropout_p > 0) drop_edges(p, g, heads.pitch, w.s);
-    const int32_t* later = p.indices + at + kEdgeLanes;
-    const int64_t ahead = w.far ? edges_ahead(at, g.n, p.edges) : 0;
-    const int64_t together = heads_together(g.live, heads, values.head, p.head_dim_v);
-    for (int64_t e = 0; e < ahead; ++e) prefetch_rows<S>(p.v, b, 0, p.heads_k, later[e], p.head_dim_v);
-    for (int64_t h = 0; h < p.heads; h += together) {
-      const int64_t k = heads.key(h);
-      edge_sums<T, S>(together, g.live, state.O + h * state.ldo, fresh, values, k, g.n, p.head_dim_v, w.s + h,
-                      heads.pitch, w.zeros);
-    }
-    for (int64_t h = 0; p.edge_dim && h < p.heads; ++h)
-      edge_sums<T, T>(1, g.live, state.E + h * state.lde, fresh, w.feature_rows, 0, g.n, p.edge_dim, w.s + h,
-                      heads.pitch, w.zero_features);
-  }
+  ForwardPass<T, S> pass(p, arena);
+  pass.name_rows(split, item / split.items(), item % split.items());
+  pass.find_logits();
+  const int64_t pitch = pass.w.heads.pitch;
+  copy_numbers(ForwardSpace<T>(p, shared).logits + (pass.edges.b * p.edges + pass.edges.begin) * pitch,
+               pass.logits, pass.edges.n * pitch);
 }
 
 // lse = top + log(sum), the logarithms of many rows together: one alone fills no vector and waits for itself.
@@ -185,7 +194,8 @@ static double add_sink(const GatherParams& p, int64_t h, double& top, double& su
   return mine;
 }
 
-// The sums l of a row become the factors that normalise it; its lse goes to `lse`.
+// The sums l of a row become the factors that normalise it, in all lanes of their heads; its lse goes to
+// `lse`.
 template <typename T>
 static void finish_sums(const GatherParams& p, int64_t b, int64_t row, const GatherState<T>& s,
                         Logarithms<T>& lse) {
@@ -205,6 +215,64 @@ static void finish_sums(const GatherParams& p, int64_t b, int64_t row, const Gat
     }
     lse.took(p.lse + b * p.lse_batch + h * p.lse_head + row, p.lse_head, n);
   }
+  const int64_t pitch = HeadLanes<T>(p).pitch;
+  if (has_sink(p) && pitch < L) store(s.l, repeat_heads<T>(load(s.l), pitch));
+}
+
+// Where the piece of a row that item t shares with its neighbours lies: slot 0 began before t, slot 1 begins
+// in it.
+template <typename T>
+SACCADE_FORCE T* shared_piece(T* base, int64_t size, int64_t items, int64_t b, int64_t t, int slot) {
+  return base + ((b * items + t) * 2 + slot) * size;
+}
+
+template <typename T, typename S>
+static void gather_forward_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+  const RowSplit split = row_split<T>(p);
+  const int64_t b = item / split.items(), t = item % split.items(), size = GatherState<T>::size(p);
+  Arena arena{scratch}, shared{workspace};
+  ForwardPass<T, S> pass(p, arena);
+  const ForwardSpace<T> space(p, shared);
+  const HeadLanes<T>& heads = pass.w.heads;
+  const int64_t pitch = heads.pitch;
+  const auto state_of = [&](RowSplit::Piece piece) {
+    if (piece.first && piece.last) return pass.own;
+    return GatherState<T>(p, shared_piece(space.pieces, size, split.items(), b, t, piece.first ? 1 : 0));
+  };
+  pass.name_rows(split, b, t);
+  if (!space.far) pass.find_logits();
+  const T* logits = space.far ? space.logits + (b * p.edges + pass.edges.begin) * pitch : pass.logits;
+  if (is_softmax(p)) {
+    Logarithms<T> lse;
+    split.for_each(t, [&](RowSplit::Piece piece) {
+      const GatherState<T> state = state_of(piece);
+      const int64_t numbers = (piece.end - piece.begin) * pitch;
+      const int64_t at = (piece.begin - pass.edges.begin) * pitch;
+      T* const weights = pass.weights + at;
+      row_softmax(heads, numbers, logits + at, weights, state.m, state.l);
+      if (!(piece.first && piece.last)) return;
+      finish_sums(p, b, piece.row, state, lse);
+      for (int64_t c = 0; c < heads.lanes(); c += kLanes<T>) {
+        const Vec<T> share = load(state.l + c);
+        for (int64_t x = c; x < numbers; x += heads.lanes()) store(weights + x, load(weights + x) * share);
+      }
+    });
+    lse.finish();
+  } else {
+    for (int64_t c = 0; c < heads.size(pass.edges.n); c += kLanes<T>)
+      store(pass.weights + c, activate<T>(p.activation, load(logits + c)));
+  }
+  if (p.dropout_p > 0) drop_edges(p, pass.edges, pitch, pass.weights);
+  split.for_each(t, [&](RowSplit::Piece piece) {
+    const bool entire = piece.first && piece.last;
+    const GatherState<T> state = state_of(piece);
+    T* const place = entire ? sums_in_place<T, S>(p.out, b, piece.row, p.heads, p.head_dim_v) : nullptr;
+    pass.sum_values(piece, place ? place : state.O, state.ldo, state.E);
+    if (entire && !place)
+      write_heads<T, S>(p.out, b, piece.row, p.heads, state.O, state.ldo, nullptr, p.head_dim_v);
+    if (entire && p.edge_dim)
+      write_heads<T, S>(p.out_edge, b, piece.row, p.heads, state.E, state.lde, nullptr, p.edge_dim);
+  });
 }
 
 // Normalises and writes a row.
@@ -217,40 +285,10 @@ static void finish_row(const GatherParams& p, int64_t b, int64_t row, const Gath
   if (p.edge_dim) write_heads<T, S>(p.out_edge, b, row, p.heads, s.E, s.lde, shares, p.edge_dim);
 }
 
-// Where the piece of a row that item t shares with its neighbours lies: slot 0 began before t, slot 1 begins
-// in it.
-template <typename T>
-SACCADE_FORCE T* shared_piece(T* base, int64_t size, int64_t items, int64_t b, int64_t t, int slot) {
-  return base + ((b * items + t) * 2 + slot) * size;
-}
-
-template <typename T, typename S>
-static void gather_forward_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
-  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
-  const int64_t b = item / split.items(), t = item % split.items(), size = GatherState<T>::size(p);
-  Arena arena{scratch}, shared{workspace};
-  GatherScratch<T, S> w(p, arena);
-  GatherState<T> own(p, arena.take<T>(size));
-  const ForwardSpace<T> space(p, shared);
-  Logarithms<T> lse;
-  split.for_each(t, [&](RowSplit::Piece piece) {
-    const bool entire = piece.first && piece.last;
-    GatherState<T> state =
-        entire
-            ? own
-            : GatherState<T>(p, shared_piece(space.pieces, size, split.items(), b, t, piece.first ? 1 : 0));
-    state.clear(p, piece.begin < piece.end);
-    w.read_queries(p, b, piece.row);
-    forward_piece<T, S>(p, b, piece, w, space, state);
-    if (entire) finish_row<T, S>(p, b, piece.row, state, lse);
-  });
-  lse.finish();
-}
-
 // Rows that were cut: their pieces are merged in the order of their edges.
 template <typename T, typename S>
 static void gather_merge_item(const GatherParams& p, int64_t item, char*, char* workspace) {
-  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
+  const RowSplit split = row_split<T>(p);
   const int64_t b = item / split.items(), t = item % split.items(), size = GatherState<T>::size(p);
   int64_t end = 0;
   const int64_t row = split.cut_row(t, end);
@@ -283,11 +321,10 @@ static void gather_merge_item(const GatherParams& p, int64_t item, char*, char* 
 template <typename T, typename S>
 static Plan<GatherParams> gather_forward_plan(const GatherParams& p) {
   Plan<GatherParams> plan;
-  const RowSplit split(p.indptr, p.seqlen_q, p.edges);
+  const RowSplit split = row_split<T>(p);
   Arena arena{nullptr}, shared{nullptr};
-  const GatherScratch<T, S> w(p, arena);
+  const ForwardPass<T, S> pass(p, arena);
   const ForwardSpace<T> space(p, shared);
-  arena.take<T>(GatherState<T>::size(p));
   plan.scratch_bytes = arena.used;
   plan.workspace_bytes = shared.used;
   if (space.far) plan.add(p.batch * split.items(), &gather_logits_item<T, S>);

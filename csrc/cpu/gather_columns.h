@@ -154,7 +154,7 @@ struct ColumnPass {
  private:
   // The numbers of these edges side by side; those of the next are asked for. Each edge's last vector may
   // reach into the next edge, which is written after it.
-  void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers) {
+  SACCADE_APART void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers) {
     const int64_t step = 2 * heads.pitch, ahead = min64(n, p.edges - at - kEdgeLanes);
     for (int64_t e = 0; e < n; ++e) {
       const T* from = numbers.of(b, p.t_edges[at + e]);
@@ -164,8 +164,8 @@ struct ColumnPass {
   }
   // sums[k] += the edges' rows of x, of every head of key head k, by their weights; a head's first rows are
   // written, not added.
-  void add_rows(int64_t b, int64_t at, RowSplit::Piece piece, const Rows& x, int64_t d, const T* weights,
-                T* sums, int64_t ld) {
+  SACCADE_APART void add_rows(int64_t b, int64_t at, RowSplit::Piece piece, const Rows& x, int64_t d,
+                              const T* weights, T* sums, int64_t ld) {
     const int64_t n = min64(kEdgeLanes, piece.end - at);
     const RowsAhead ask(far, x, b, p.heads, d, p.t_rows, at, n, p.edges);
     const EdgeRows<S> rows(x, b, p.t_rows + at, n);

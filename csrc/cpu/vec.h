@@ -49,6 +49,8 @@ constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 #define SACCADE_FORCE static inline __attribute__((always_inline))
 #define SACCADE_MEMBER inline __attribute__((always_inline))
+// A loop that has registers of its own: put into its caller it would have what that leaves.
+#define SACCADE_APART __attribute__((noinline))
 
 template <typename T>
 SACCADE_FORCE Vec<T> load(const T* p) {

@@ -79,33 +79,37 @@ SACCADE_FORCE OwnRows<T> same_rows(HeadRows<T> x) {
   return rows;
 }
 
-// Reads them; a row that must be converted is converted once for edges that follow each other.
+// Reads them; a row that must be converted is converted once for edges that follow each other. Where `ahead`
+// says so, each row has one behind it asked for.
 template <typename T, typename S>
 class RowReader {
  public:
-  RowReader(Arena& a, int64_t heads, int64_t d)
-      : heads_(heads), d_(d), size_(heads * round_up(d, kLanes<T>)) {
+  RowReader(Arena& a, bool ahead, int64_t heads, int64_t d)
+      : heads_(heads), d_(d), size_(heads * round_up(d, kLanes<T>)), ahead_(ahead) {
     buffer_ = a.take<T>(rows_in_place<T, S>(d) ? 0 : (kEdgeLanes + 1) * size_);
   }
   void read(const Rows& x, int64_t b, const int32_t* rows, int64_t n, OwnRows<T>& to) {
-    if (rows_in_place<T, S>(d_)) {
-      to.head = x.head;
-      for (int64_t e = 0; e < n; ++e) to.at[e] = reinterpret_cast<const T*>(typed_row<S>(x, b, 0, rows[e]));
-      return;
-    }
+    const bool in_place = rows_in_place<T, S>(d_);
+    const RowLines lines(x, b, heads_, d_);
     for (int64_t e = 0; e < n; ++e) {
-      if (rows[e] != row_ || b != batch_) {
-        row_ = rows[e], batch_ = b;
+      if (in_place) to.at[e] = reinterpret_cast<const T*>(typed_row<S>(x, b, 0, rows[e]));
+      if (in_place && !ahead_) continue;
+      const bool next = rows[e] != row_ || b != batch_;
+      row_ = rows[e], batch_ = b;
+      if (next && ahead_) lines.ask(row_ + kRowsAhead);
+      if (in_place) continue;
+      if (next) {
         slot_ = slot_ < kEdgeLanes ? slot_ + 1 : 0;
         read_heads<T, S>(x, b, row_, heads_, d_, buffer_ + slot_ * size_);
       }
       to.at[e] = buffer_ + slot_ * size_;
     }
-    to.head = round_up(d_, kLanes<T>);
+    to.head = in_place ? x.head : round_up(d_, kLanes<T>);
   }
 
  private:
   int64_t heads_, d_, size_, batch_ = -1, row_ = -1, slot_ = 0;
+  bool ahead_;
   T* buffer_;
 };
 

@@ -81,33 +81,45 @@ SACCADE_FORCE void prefetch(const void* at) {
   __asm__ volatile("" : : "r"(at));
 }
 
-// Asks for rows of one tensor, all heads of each, so that they are there when their turn comes.
-struct RowsAhead {
+// Where the rows of one tensor lie, all heads of each.
+struct RowLines {
   const char* base = nullptr;
   int64_t row = 0, head = 0, heads = 0, bytes = 0;
-  const int32_t* index = nullptr;
-  int64_t n = 0;
 
-  RowsAhead() = default;
-  // Those of the edges kEdgeLanes behind the n edges from `at` on.
-  RowsAhead(bool far, const Rows& x, int64_t b, int64_t number, int64_t d, const int32_t* rows, int64_t at,
-            int64_t count, int64_t edges) {
-    if (!far) return;
+  RowLines() = default;
+  RowLines(const Rows& x, int64_t b, int64_t number, int64_t d) : base(row_at(x, b, 0, 0)) {
     const int64_t size = size_of(x.dtype);
     const bool joined = number == 1 || x.head == d;
-    base = row_at(x, b, 0, 0);
     row = x.row * size, head = x.head * size;
     heads = joined ? 1 : number, bytes = (joined ? number * d : d) * size;
-    index = rows + at + kEdgeLanes;
-    n = max64(0, min64(count, edges - at - kEdgeLanes));
   }
-  SACCADE_MEMBER void operator()(int64_t e) const {
-    if (e >= n) return;
-    const char* from = base + index[e] * row;
+  SACCADE_MEMBER void ask(int64_t index) const {
+    const char* from = base + index * row;
     for (int64_t h = 0; h < heads; ++h, from += head)
       for (int64_t at = 0; at < bytes; at += 64) prefetch(from + at);
   }
 };
+
+// Asks for rows so that they are there when their turn comes: those of the edges kEdgeLanes behind the
+// `count` edges from `at` on.
+struct RowsAhead {
+  RowLines lines;
+  const int32_t* index = nullptr;
+  int64_t n = 0;
+
+  RowsAhead() = default;
+  RowsAhead(bool far, const Rows& x, int64_t b, int64_t heads, int64_t d, const int32_t* rows, int64_t at,
+            int64_t count, int64_t edges) {
+    if (!far) return;
+    lines = RowLines(x, b, heads, d);
+    index = rows + at + kEdgeLanes;
+    n = max64(0, min64(count, edges - at - kEdgeLanes));
+  }
+  SACCADE_MEMBER void operator()(int64_t e) const {
+    if (e < n) lines.ask(index[e]);
+  }
+};
+constexpr int64_t kRowsAhead = 24;  // for rows that follow each other
 
 // No further than `n`: what follows belongs to another thread.
 template <typename T>

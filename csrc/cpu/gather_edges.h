@@ -85,7 +85,7 @@ struct JointPass {
       : p(params),
         heads(params),
         joint(params, a),
-        read_q(a, params.heads, params.head_dim),
+        read_q(a, false, params.heads, params.head_dim),
         width(params.heads * joint.ld),
         lde(round_up(params.joint_dim, L)),
         far(rows_outgrow(kNearBytes, params, params.seqlen_k, params.heads_k)) {

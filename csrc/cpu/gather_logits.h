@@ -27,6 +27,7 @@ struct GatherScratch {
   T *extra, *features, *zero_features;
   Vec<T>* parts;  // of pair_sums
   S* zeros;
+  bool own_beyond;  // rows_outgrow, of queries
   RowReader<T, S> read_q, read_edge_q;
   OwnRows<T> q, edge_q;
   EdgeRows<T> feature_rows;
@@ -36,8 +37,9 @@ struct GatherScratch {
 
   GatherScratch(const GatherParams& p, Arena& a)
       : heads(p),
-        read_q(a, p.heads, p.head_dim),
-        read_edge_q(a, p.heads, p.edge_dim),
+        own_beyond(rows_outgrow(kSharedBytes, p, p.seqlen_q, p.heads)),
+        read_q(a, own_beyond, p.heads, p.head_dim),
+        read_edge_q(a, own_beyond, p.heads, p.edge_dim),
         joint(p, a),
         lde(round_up(p.edge_dim, kLanes<T>)) {
     const int64_t widest = max64(p.head_dim, p.head_dim_v);

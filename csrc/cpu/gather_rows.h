@@ -1,0 +1,309 @@
+// The half of the gather body's backward that walks over rows: dQ, and what each edge and head leaves for the
+// other half, its weight and score gradient.
+#pragma once
+#include "gather_edges.h"
+
+namespace saccade {
+namespace SACCADE_ISA {
+namespace {
+
+// Up to kBlockEdges edges that follow each other, and the rows, or pieces of rows, that they are.
+constexpr int64_t kBlockEdges = 128;
+struct EdgeBlock {
+  int64_t begin = 0, n = 0, runs = 0;
+  int32_t row[kBlockEdges];  // of each run
+  int64_t end[kBlockEdges];  // of each run, from the block's first edge on
+  RowSplit::Piece piece[kBlockEdges];
+  int32_t rows[kBlockEdges + kEdgeLanes];  // of each edge
+
+  void add(RowSplit::Piece part) {
+    if (n == 0) begin = part.begin, runs = 0;
+    row[runs] = int32_t(part.row);
+    name_row(rows, n, part.end - part.begin, part.row);
+    n += part.end - part.begin;
+    end[runs] = n;
+    piece[runs++] = part;
+  }
+};
+
+// f(block) for the edges of one item; no_edges(piece) where a row has none. `first` and `last` of a piece now
+// say whether the row, or what the item has of it, begins and ends in this block.
+template <typename F, typename G>
+SACCADE_FORCE void for_each_block(const RowSplit& split, int64_t t, EdgeBlock& block, G no_edges, F f) {
+  block.n = 0;
+  split.for_each(t, [&](RowSplit::Piece piece) {
+    if (piece.begin == piece.end) return no_edges(piece);
+    for (int64_t at = piece.begin, n; at < piece.end; at += n) {
+      n = min64(piece.end - at, kBlockEdges - block.n);
+      block.add({piece.row, at, at + n, at == piece.begin, at + n == piece.end});
+      if (block.n == kBlockEdges) f(), block.n = 0;
+    }
+  });
+  if (block.n) f();
+}
+
+// The pass over rows, with one thread's scratch. Numbers of pairs and of heads lie as HeadLanes has them.
+template <typename T, typename S>
+struct RowPass {
+  const GatherParams& p;
+  GatherScratch<T, S> w;
+  HeadLanes<T> each;  // as w.heads, every head with rows of its own
+  RowReader<T, S> read_dout, read_dout_edge;
+  OwnRows<T> dout, dout_edge;
+  T *q_rows, *own, *lse, *low, *delta;                   // the last three [kBlockEdges][pitch], of runs
+  T *s, *dP, *high_of, *low_of, *delta_of, *drop, *cap;  // [kBlockEdges][pitch], of edges
+  T* nothing;                                            // zeros, as `own`
+  T* numbers;                                            // [kBlockEdges][2][pitch]
+  EdgeBlock block;
+  int64_t ldq;
+  WeightOf<T> weight_of{false, T(1)};  // edges carry natural logits
+
+  RowPass(const GatherParams& params, Arena& a)
+      : p(params),
+        w(params, a),
+        each(params),
+        read_dout(a, w.own_beyond, p.heads, p.head_dim_v),
+        read_dout_edge(a, w.own_beyond, p.heads, p.edge_dim) {
+    const int64_t pairs = w.heads.size(kBlockEdges) + kLanes<T>;
+    each.heads_k = p.heads, each.group = 1;
+    ldq = round_up(p.head_dim, kLanes<T>);
+    q_rows = a.take<T>(p.heads * max64(ldq, w.lde));
+    own = a.take<T>(EdgeNumbers<T>::piece_size(p));
+    nothing = a.take<T>(EdgeNumbers<T>::piece_size(p));
+    T** const arrays[] = {&lse, &low, &delta, &s, &dP, &high_of, &low_of, &delta_of};
+    for (T** x : arrays) *x = a.take<T>(pairs);
+    drop = a.take<T>(p.dropout_p > 0 ? pairs : 0);
+    cap = a.take<T>(p.softcap != 0 ? pairs : 0);
+    numbers = a.take<T>(2 * pairs);
+    if (!a.base) return;
+    memset(lse, 0, size_t(pairs) * sizeof(T));
+    memset(low, 0, size_t(pairs) * sizeof(T));
+    memset(nothing, 0, size_t(EdgeNumbers<T>::piece_size(p)) * sizeof(T));
+  }
+  EdgeGroup edges(int64_t b) const { return {&p, b, block.begin, block.n, block.rows}; }
+
+  // dP of the block, to where a pass over keys will find it: the block's numbers begin with it.
+  void value_block(int64_t b, const EdgeNumbers<T>& to) {
+    const EdgeGroup all = edges(b);
+    for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
+      const EdgeGroup g = all.part(at, kEdgeLanes);
+      w.read_features(p, g);
+      value_dots(g, dP + at * w.heads.pitch);
+    }
+    copy_numbers(to.of(b, block.begin), dP, block.n * w.heads.pitch);
+  }
+
+  // The numbers of the block's edges.
+  void find_numbers(int64_t b, const EdgeNumbers<T>& to) {
+    const HeadLanes<T>& heads = w.heads;
+    const int64_t pairs = block.n * heads.pitch;
+    const EdgeGroup all = edges(b);
+    if (is_softmax(p)) prepare(b);
+    if (w.far) copy_numbers(dP, to.of(b, block.begin), pairs);
+    for (int64_t at = 0; at < block.n; at += kEdgeLanes) {
+      const EdgeGroup g = all.part(at, kEdgeLanes);
+      w.read_features(p, g);
+      if (!w.far) value_dots(g, dP + at * heads.pitch);
+      edge_logits<T, S>(p, g, w, s + at * heads.pitch, cap + at * heads.pitch);
+    }
+    if (p.dropout_p > 0) {
+      for (int64_t c = 0; c < heads.size(block.n); ++c) drop[c] = T(1);
+      drop_edges(p, all, heads.pitch, drop);
+    }
+    weigh(heads.size(block.n));
+    copy_numbers(to.of(b, block.begin), numbers, 2 * pairs);
+    if (p.needs & kNeedEdgeBias)
+      copy_numbers(to.logit + (b * p.edges + block.begin) * heads.pitch, dP, pairs);
+  }
+
+  // Run r's part of dQ (and of the edge queries' gradient, behind it).
+  void add_queries(int64_t b, int64_t r, T* dq, double* dW) {
+    const HeadLanes<T>& heads = w.heads;
+    const RowSplit::Piece& run = block.piece[r];
+    const EdgeGroup all = edges(b).part(run.begin - block.begin, run.end - run.begin);
+    T* dqe = dq + p.heads * ldq;
+    HeadRows<T> q{};
+    if (p.score != Score::kDot) q = read_heads<T, S>(p.q, b, run.row, p.heads, p.head_dim, q_rows);
+    for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
+      const EdgeGroup g = all.part(at, kEdgeLanes);
+      const EdgeRows<S> keys(p.k, b, p.indices + g.begin, g.n);
+      const T* grads = numbers + (2 * (g.begin - block.begin) + 1) * heads.pitch;
+      const bool fresh = run.first && at == 0;
+      if (p.score != Score::kDot) {
+        const JointRows<T> rows = w.joint.join(p, same_rows(q), 1, g.n, [&](int64_t e) { return g.id(e); });
+        for (int64_t h = 0; h < p.heads; ++h)
+          additive_edge_gradient<T, S>(p, h, rows, keys, heads.key(h), g.n, fresh, dq + h * ldq,
+                                       dW + h * p.head_dim, grads + h, 2 * heads.pitch);
+        continue;
+      }
+      edge_sums<false>(heads, w.live, dq, ldq, fresh, keys, g.n, p.head_dim, grads, 2 * heads.pitch, w.zeros);
+      if (!p.edge_dim) continue;
+      w.read_features(p, g);
+      edge_sums<false>(heads, w.live, dqe, w.lde, fresh, w.feature_rows, g.n, p.edge_dim, grads,
+                       2 * heads.pitch, w.zero_features);
+    }
+  }
+
+ private:
+  // What belongs to the rows as wholes, run by run, and again edge by edge.
+  void prepare(int64_t b) {
+    const HeadLanes<T>& heads = w.heads;
+    const int64_t pitch = heads.pitch;
+    for (int64_t at = 0; at < block.runs; at += kEdgeLanes) {
+      const int64_t n = min64(kEdgeLanes, block.runs - at);
+      T* const to = delta + at * pitch;
+      read_dout.read(p.dout, b, block.row + at, n, dout);
+      EdgeRows<S> out(p.out, b, block.row + at, n);
+      const RowLines lines(p.out, b, p.heads, p.head_dim_v);
+      for (int64_t e = 0; w.own_beyond && e < n; ++e) lines.ask(block.row[at + e] + kRowsAhead);
+      pair_dots<T, S>(each, dout, out, n, p.head_dim_v, RowsAhead(), w.parts, to);
+      if (!p.edge_dim) continue;
+      read_dout_edge.read(p.dout_edge, b, block.row + at, n, dout_edge);
+      EdgeRows<S> out_edge(p.out_edge, b, block.row + at, n);
+      pair_dots<T, S>(each, dout_edge, out_edge, n, p.edge_dim, RowsAhead(), w.parts, w.extra);
+      for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(w.extra + c));
+    }
+    for (int64_t r = 0; r < block.runs; ++r)
+      for (int64_t h = 0; h < p.heads; ++h) {
+        const int64_t at = b * p.lse_batch + h * p.lse_head + block.row[r], x = r * pitch + h;
+        weight_of.split(p.lse[at], lse[x], low[x]);
+        if (p.dlse) delta[x] -= T(p.dlse[at]);
+      }
+    for (int64_t r = 0; r < block.runs; ++r) {
+      const int64_t begin = r ? block.end[r - 1] : 0;
+      spread(lse + r * pitch, begin, block.end[r], high_of);
+      spread(low + r * pitch, begin, block.end[r], low_of);
+      spread(delta + r * pitch, begin, block.end[r], delta_of);
+    }
+  }
+  // The numbers of a run's heads, to each of its edges; the last vector may reach too far, where the next run
+  // writes again.
+  void spread(const T* from, int64_t begin, int64_t end, T* to) {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t pitch = w.heads.pitch;
+    if (pitch <= L) {
+      const Vec<T> x = repeat_heads<T>(load(from), pitch);
+      for (int64_t c = begin * pitch; c < end * pitch; c += L) store(to + c, x);
+      return;
+    }
+    for (int64_t e = begin; e < end; ++e)
+      for (int64_t c = 0; c < pitch; c += L) store(to + e * pitch + c, load(from + c));
+  }
+  // dP[pair] = dout . value, and its part through the edges' features.
+  void value_dots(const EdgeGroup& g, T* to) {
+    EdgeRows<S> values(p.v, g.b, p.indices + g.begin, g.n);
+    const RowsAhead ask(w.beyond, p.v, g.b, p.heads_k, p.head_dim_v, p.indices, g.begin, g.n, p.edges);
+    read_dout.read(p.dout, g.b, g.rows, g.n, dout);
+    pair_dots<T, S>(w.heads, dout, values, g.n, p.head_dim_v, ask, w.parts, to);
+    if (!p.edge_dim) return;
+    read_dout_edge.read(p.dout_edge, g.b, g.rows, g.n, dout_edge);
+    w.add_feature_dots(p, dout_edge, g.n, to);
+  }
+  // From logits and dP: weights after dropout and gradients of the bare score, edge by edge, into `numbers`;
+  // dP becomes the gradient of the logit. Exactly 0 where an edge is masked.
+  void weigh(int64_t size) {
+    constexpr int L = kLanes<T>;
+    const int64_t pitch = w.heads.pitch;
+    const Vec<T> none{};
+    for (int64_t c = 0; c < size; c += L) {
+      const Vec<T> logit = load(s + c);
+      Vec<T> d = load(dP + c), weight, grad;
+      if (p.dropout_p > 0) d = d * load(drop + c);
+      if (is_softmax(p)) {
+        weight = weight_of(logit, load(high_of + c), load(low_of + c));
+        grad = weight * (d - load(delta_of + c));
+      } else {
+        weight = activate<T>(p.activation, logit);
+        grad = p.activation == Activation::kReLU ? (weight > T(0) ? d : none) : weight * (T(1) - weight) * d;
+      }
+      if (p.dropout_p > 0) weight = weight * load(drop + c);
+      weight = logit == -kInf<T> ? none : weight;
+      grad = logit == -kInf<T> ? none : grad;
+      store(dP + c, grad);
+      Vec<T> raw = grad * T(p.scale);
+      if (p.softcap != 0) {
+        const Vec<T> t = load(cap + c);
+        raw = raw == T(0) ? none : raw * (T(1) - t * t);  // a masked edge's t may be NaN
+      }
+      if (pitch < L) {
+        store_blocks<T>(numbers + 2 * c, weight, raw, pitch);
+      } else {
+        T* const to = numbers + 2 * (c - c % pitch) + c % pitch;
+        store(to, weight);
+        store(to + pitch, raw);
+      }
+    }
+  }
+};
+
+template <typename T, typename S>
+static void write_queries(const GatherParams& p, int64_t b, int64_t row, const T* dq, int64_t ldq,
+                          int64_t lde) {
+  if (p.needs & kNeedQ) write_heads<T, S>(p.dq, b, row, p.heads, dq, ldq, nullptr, p.head_dim);
+  if (p.edge_dim && p.needs & kNeedEdgeQ)
+    write_heads<T, S>(p.dedge_q, b, row, p.heads, dq + p.heads * ldq, lde, nullptr, p.edge_dim);
+}
+
+template <typename T, typename S>
+static void gather_values_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+  const RowSplit split = row_split<T>(p);
+  const int64_t b = item / split.items(), t = item % split.items();
+  Arena arena{scratch}, shared{workspace};
+  RowPass<T, S> pass(p, arena);
+  const EdgeNumbers<T> numbers(p, shared);
+  for_each_block(split, t, pass.block, [](RowSplit::Piece) {}, [&] { pass.value_block(b, numbers); });
+}
+
+template <typename T, typename S>
+static void gather_rows_item(const GatherParams& p, int64_t item, char* scratch, char* workspace) {
+  const RowSplit split = row_split<T>(p);
+  const int64_t b = item / split.items(), t = item % split.items(), size = EdgeNumbers<T>::piece_size(p);
+  Arena arena{scratch}, shared{workspace};
+  RowPass<T, S> pass(p, arena);
+  const EdgeNumbers<T> numbers(p, shared);
+  double* dW = p.weight ? numbers.dweight + item * p.heads * p.head_dim : nullptr;
+  if (dW) memset(dW, 0, size_t(p.heads * p.head_dim) * sizeof(double));
+  // A row that is whole in this item, and one of which neighbours have a part.
+  const auto whole = [&](int64_t row) { return split.entire(t, row); };
+  const auto sums_of = [&](int64_t row) {
+    return whole(row) ? pass.own
+                      : shared_piece(numbers.pieces, size, split.items(), b, t, split.begins(t, row) ? 1 : 0);
+  };
+  const auto no_edges = [&](RowSplit::Piece piece) {
+    if (whole(piece.row))
+      write_queries<T, S>(p, b, piece.row, pass.nothing, pass.ldq, pass.w.lde);
+    else
+      memset(sums_of(piece.row), 0, size_t(size) * sizeof(T));
+  };
+  for_each_block(split, t, pass.block, no_edges, [&] {
+    pass.find_numbers(b, numbers);
+    if (!(p.needs & (kNeedQ | kNeedEdgeQ | kNeedWeight))) return;
+    for (int64_t r = 0; r < pass.block.runs; ++r) {
+      const int64_t row = pass.block.row[r];
+      const bool entire = whole(row);
+      T* const place = entire && p.edge_dim == 0 && p.needs & kNeedQ
+                           ? sums_in_place<T, S>(p.dq, b, row, p.heads, p.head_dim)
+                           : nullptr;
+      T* const dq = place ? place : sums_of(row);
+      pass.add_queries(b, r, dq, dW);
+      if (entire && !place && pass.block.piece[r].last)
+        write_queries<T, S>(p, b, row, dq, pass.ldq, pass.w.lde);
+    }
+  });
+}
+
+template <typename T, typename S>
+static void gather_rows_merge(const GatherParams& p, int64_t item, char*, char* workspace) {
+  const RowSplit split = row_split<T>(p);
+  Arena shared{workspace};
+  const EdgeNumbers<T> numbers(p, shared);
+  T* sum;
+  const int64_t b = item / split.items(), t = item % split.items();
+  const int64_t row = sum_pieces(split, b, t, numbers.pieces, EdgeNumbers<T>::piece_size(p), sum);
+  if (row >= 0)
+    write_queries<T, S>(p, b, row, sum, round_up(p.head_dim, kLanes<T>), round_up(p.edge_dim, kLanes<T>));
+}
+
+}  // namespace
+}  // namespace SACCADE_ISA
+}  // namespace saccade

@@ -107,11 +107,14 @@ SACCADE_FORCE DotTiles<T, S> dot_tiles_for(const HeadLanes<T>& x, int64_t head_x
 // to[e * pitch + h] = x_e[h] . row e of h's key head, for up to kEdgeLanes edges. Rows that will follow are
 // asked for.
 template <typename T, typename S>
-static void pair_dots(const HeadLanes<T>& lanes, OwnRows<T>& x, EdgeRows<S>& rows, int64_t n, int64_t d,
-                      RowsAhead ask, Vec<T>* parts, T* to) {
+static void pair_dots(const HeadLanes<T>& lanes, const OwnRows<T>& x, const EdgeRows<S>& rows, int64_t n,
+                      int64_t d, RowsAhead ask, Vec<T>* parts, T* to) {
   if (const DotTiles<T, S> tiles = dot_tiles_for<T, S>(lanes, x.head, rows.head, d)) {
-    for (int64_t e = n; e < kEdgeLanes; ++e) x.at[e] = x.at[n - 1], rows.at[e] = rows.at[n - 1];
-    return tiles(x, rows, n, ask, to);
+    if (n == kEdgeLanes) return tiles(x, rows, n, ask, to);
+    OwnRows<T> own = x;
+    EdgeRows<S> filled = rows;
+    for (int64_t e = n; e < kEdgeLanes; ++e) own.at[e] = x.at[n - 1], filled.at[e] = rows.at[n - 1];
+    return tiles(own, filled, n, ask, to);
   }
   const EdgeProducts<T, S> products = edge_products_for<T, S>(d);
   pair_sums(lanes, n, parts, to, [&](int64_t e, Vec<T>* into) {

@@ -63,7 +63,7 @@ struct GatherScratch {
       read_row(features + e * lde, row_at(p.edge_x, 0, 0, g.id(e)), p.edge_x.dtype, p.edge_x.col, p.edge_dim);
   }
   // to[pair] += x[h] . features of the edge.
-  void add_feature_dots(const GatherParams& p, OwnRows<T>& x, int64_t n, T* to) {
+  void add_feature_dots(const GatherParams& p, const OwnRows<T>& x, int64_t n, T* to) {
     pair_dots<T, T>(heads, x, feature_rows, n, p.edge_dim, RowsAhead(), parts, extra);
     for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(extra + c));
   }
@@ -75,7 +75,7 @@ template <typename T, typename S>
 static void edge_logits(const GatherParams& p, const EdgeGroup& g, GatherScratch<T, S>& w, T* to, T* cap) {
   constexpr int L = kLanes<T>;
   const HeadLanes<T>& heads = w.heads;
-  EdgeRows<S> keys(p.k, g.b, p.indices + g.begin, g.n);
+  const EdgeRows<S> keys(p.k, g.b, p.indices + g.begin, g.n);
   const RowsAhead ask(w.beyond, p.k, g.b, p.heads_k, p.head_dim, p.indices, g.begin, g.n, p.edges);
   w.read_q.read(p.q, g.b, g.rows, g.n, w.q);
   if (p.score == Score::kDot) {

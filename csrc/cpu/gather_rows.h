@@ -153,13 +153,13 @@ struct RowPass {
       const int64_t n = min64(kEdgeLanes, block.runs - at);
       T* const to = delta + at * pitch;
       read_dout.read(p.dout, b, block.row + at, n, dout);
-      EdgeRows<S> out(p.out, b, block.row + at, n);
+      const EdgeRows<S> out(p.out, b, block.row + at, n);
       const RowLines lines(p.out, b, p.heads, p.head_dim_v);
       for (int64_t e = 0; w.own_beyond && e < n; ++e) lines.ask(block.row[at + e] + kRowsAhead);
       pair_dots<T, S>(each, dout, out, n, p.head_dim_v, RowsAhead(), w.parts, to);
       if (!p.edge_dim) continue;
       read_dout_edge.read(p.dout_edge, b, block.row + at, n, dout_edge);
-      EdgeRows<S> out_edge(p.out_edge, b, block.row + at, n);
+      const EdgeRows<S> out_edge(p.out_edge, b, block.row + at, n);
       pair_dots<T, S>(each, dout_edge, out_edge, n, p.edge_dim, RowsAhead(), w.parts, w.extra);
       for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(w.extra + c));
     }
@@ -191,7 +191,7 @@ struct RowPass {
   }
   // dP[pair] = dout . value, and its part through the edges' features.
   void value_dots(const EdgeGroup& g, T* to) {
-    EdgeRows<S> values(p.v, g.b, p.indices + g.begin, g.n);
+    const EdgeRows<S> values(p.v, g.b, p.indices + g.begin, g.n);
     const RowsAhead ask(w.beyond, p.v, g.b, p.heads_k, p.head_dim_v, p.indices, g.begin, g.n, p.edges);
     read_dout.read(p.dout, g.b, g.rows, g.n, dout);
     pair_dots<T, S>(w.heads, dout, values, g.n, p.head_dim_v, ask, w.parts, to);

@@ -1,6 +1,6 @@
 // The gather body, forward, an item of rows at a time: the logits of all their edges, whatever rows they
-// belong to; then the softmax of every row; then its sum of values. Rows are short, and each waits for itself
-// at every step: what stands in another row's numbers can be worked on meanwhile.
+// belong to; then the softmax of every row; then its sum of values. Rows are short: products of their edges
+// taken together need no loops that end with each row.
 #pragma once
 #include "gather_softmax.h"
 

@@ -1,5 +1,5 @@
-"""How a graph layer with edge features is measured: GATv2Conv, saccade's, PyTorch Geometric's and the formula
-in plain torch, the same weights in all three.
+"""How a graph layer with edge features is measured: saccade's, PyTorch Geometric's and the formula in plain
+torch, the same weights in all three.
 """
 
 from __future__ import annotations
@@ -11,23 +11,36 @@ from typing import Any
 
 import saccade
 import torch
-import torch.nn.functional as F
 from saccade.graph import Graph
 from saccade.testing import assert_no_worse_than
 from torch import Tensor
 
+from . import formulas
 from .cases import DTYPES, FORWARD, TRAIN, Group
 from .graph_cases import build, columns
 
 Call = Callable[[], list[Tensor]]
 _FEATURES = 64  # of a node
+# The formula of a layer, the options it is made with, and the weights whose gradients are asked for beside
+# those of nodes and edges.
+_LAYERS: dict[str, tuple[type[formulas.Formula], dict[str, Any], tuple[str, ...]]] = {
+    "GATv2Conv": (formulas.GATv2, {"add_self_loops": False}, ("att", "lin_edge.weight")),
+    "GATConv": (
+        formulas.GAT, {"add_self_loops": False}, ("att_src", "att_dst", "att_edge", "lin_edge.weight"),
+    ),
+    "TransformerConv": (
+        formulas.Transformer, {},
+        ("lin_query.weight", "lin_key.weight", "lin_value.weight", "lin_edge.weight"),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ConvCase:
-    """One call of a GATv2Conv on the edges of a graph, features on every edge, no loops added."""
+    """One call of a layer on the edges of a graph, features on every edge, no loops added."""
 
     name: str
+    layer: str
     kind: str
     edges: int
     heads: int = 4
@@ -49,29 +62,6 @@ class ConvCase:
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured."""
         return columns(self)
-
-
-class Formula(torch.nn.Module):
-    """GATv2Conv's equation (Brody et al., 2105.14491) with gather and scatter."""
-
-    def __init__(self, twin: Any) -> None:
-        super().__init__()
-        self.heads, self.slope = twin.heads, twin.negative_slope
-        for name in ("lin_l", "lin_r", "lin_edge", "att", "bias"):
-            setattr(self, name, copy.deepcopy(getattr(twin, name)))
-
-    def forward(self, x: Tensor, edges: Tensor, features: Tensor) -> Tensor:
-        """`x` [N, F], `edges` [2, E], `features` [E, De]; gives [N, H * D]."""
-        j, i = edges
-        keys, queries = (y.unflatten(-1, (self.heads, -1)) for y in (self.lin_l(x), self.lin_r(x)))
-        sums = queries[i] + keys[j] + self.lin_edge(features).unflatten(-1, (self.heads, -1))
-        logits = (F.leaky_relu(sums, self.slope) * self.att).sum(-1)
-        where = i[:, None].expand_as(logits)
-        peak = logits.new_full((len(x), self.heads), -torch.inf)
-        peak = peak.scatter_reduce(0, where, logits.detach(), "amax")
-        powers = torch.exp(logits - peak[i])
-        weights = powers / powers.new_zeros(len(x), self.heads).index_add(0, i, powers)[i]
-        return torch.zeros_like(keys).index_add(0, i, weights[..., None] * keys[j]).flatten(1) + self.bias
 
 
 class ConvWork:
@@ -97,21 +87,21 @@ class ConvWork:
         self.dout = drawn(self.graph.num_queries, case.heads * case.head_dim).detach()
         state = torch.random.get_rng_state()
         torch.manual_seed(0)
-        self.twin = saccade.nn.GATv2Conv(*self._arguments, **self._options).to(device, self.dtype)
+        formula, self._options, self._weights = _LAYERS[case.layer]
+        self.twin = self._layer(saccade.nn)
         torch.random.set_rng_state(state)
         with torch.no_grad():
             for weight in self.twin.parameters():
                 weight.copy_((weight * 32).round() / 32)
-        self.formula = Formula(self.twin)
+        self.formula = formula(self.twin)
         self._known: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
-    @property
-    def _arguments(self) -> tuple[int, int, int]:
-        return _FEATURES, self.case.head_dim, self.case.heads
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"edge_dim": self.case.edge_dim, "add_self_loops": False}
+    def _layer(self, library: Any) -> Any:
+        case = self.case
+        made = getattr(library, case.layer)(
+            _FEATURES, case.head_dim, case.heads, edge_dim=case.edge_dim, **self._options
+        )
+        return made.to(self.x.device, self.dtype)
 
     def _call(self, layer: torch.nn.Module, edges: Any, direction: str, wide: bool = False) -> Call:
         inputs = [self.x, self.features]
@@ -125,17 +115,17 @@ class ConvWork:
 
         def train() -> list[Tensor]:
             out = layer(inputs[0], edges, inputs[1])
-            wanted = [*inputs, layer.att, layer.lin_edge.weight]
+            wanted = [*inputs, *map(layer.get_parameter, self._weights)]
             return [out.detach(), *torch.autograd.grad(out, wanted, dout)]
 
         return train if direction == TRAIN else forward
 
     def _pyg(self, direction: str) -> Call | str:
         try:
-            from torch_geometric.nn import GATv2Conv
+            from torch_geometric import nn
         except ImportError:
             return "torch_geometric is not installed"
-        layer = GATv2Conv(*self._arguments, **self._options).to(self.x.device, self.dtype)
+        layer = self._layer(nn)
         layer.load_state_dict(self.twin.state_dict())
         return self._call(layer, self.graph.edge_index, direction)
 
@@ -168,7 +158,10 @@ class ConvWork:
 
 
 def convolutions() -> list[Group]:
-    """GATv2Conv with 16 features on every edge, whole layers."""
+    """Whole layers, with 16 features on every edge."""
     kinds = ("erdos-renyi", "power-law", "molecules")
-    cases = tuple(ConvCase(f"gatv2conv-{kind}-100k", kind, 100_000) for kind in kinds)
-    return [Group("gatv2conv", cases, "pyg")]  # type: ignore[arg-type]
+    found = []
+    for name in _LAYERS:
+        cases = tuple(ConvCase(f"{name.lower()}-{kind}-100k", name, kind, 100_000) for kind in kinds)
+        found.append(Group(name.lower(), cases, "pyg"))  # type: ignore[arg-type]
+    return found

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import saccade
 import torch
 import torch.nn.functional as F
+from saccade.dropout import as_seed, kept
 from saccade.graph import Graph
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from . import graph_limits
 from .cases import DTYPES, FORWARD, TRAIN
 from .check import NAMES, compare
 from .graph_cases import GraphCase
+from .peers import SEED
 
 Call = Callable[[], list[Tensor]]
 _DENSE_NODES = 2048  # no dense mask above
@@ -37,6 +39,20 @@ class Inputs:
     k: Tensor
     v: Tensor
     dout: Tensor
+    bias: Tensor | None  # [H, E]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What has a gradient."""
+        return [self.q, self.k, self.v, *([] if self.bias is None else [self.bias])]
+
+    def plain(self) -> Inputs:
+        """The same with nothing but the graph."""
+        return replace(self, case=self.case.plain(), bias=None)
+
+    def without_dropout(self) -> Inputs:
+        """For providers whose pattern is their own."""
+        return replace(self, case=replace(self.case, dropout_p=0.0))
 
     @classmethod
     def of(cls, case: GraphCase, device: str) -> Inputs:
@@ -47,7 +63,11 @@ class Inputs:
             torch.randn(shape, generator=draw, device=device).to(dtype).requires_grad_() for _ in range(3)
         )
         dout = torch.randint(-8, 9, shape, generator=draw, device=device).to(dtype) / 8
-        return cls(case, graph, graph.indices.long(), graph.rows, q, k, v, dout)
+        bias = None
+        if case.edge_bias:
+            bias = torch.randn(case.heads, graph.num_edges, generator=draw, device=device).to(dtype)
+            bias.requires_grad_()
+        return cls(case, graph, graph.indices.long(), graph.rows, q, k, v, dout, bias)
 
 
 def _call(inputs: Inputs, direction: str, forward: Callable[[], Tensor]) -> Call:
@@ -57,7 +77,7 @@ def _call(inputs: Inputs, direction: str, forward: Callable[[], Tensor]) -> Call
 
     def train() -> list[Tensor]:
         out = forward()
-        return [out.detach(), *torch.autograd.grad(out, [inputs.q, inputs.k, inputs.v], inputs.dout)]
+        return [out.detach(), *torch.autograd.grad(out, inputs.leaves, inputs.dout)]
 
     return train if direction == TRAIN else forward_only
 
@@ -65,7 +85,19 @@ def _call(inputs: Inputs, direction: str, forward: Callable[[], Tensor]) -> Call
 def ours(inputs: Inputs, direction: str) -> Call | str:
     """`saccade.attention`."""
     q, k, v = (x.transpose(0, 1) for x in (inputs.q, inputs.k, inputs.v))
-    return _call(inputs, direction, lambda: saccade.attention(q, k, v, inputs.graph).transpose(0, 1))
+    case = inputs.case
+    mask = inputs.graph & saccade.Causal() if case.causal else inputs.graph
+    options = {"dropout_p": case.dropout_p, "seed": SEED} if case.dropout_p else {}
+    return _call(
+        inputs,
+        direction,
+        lambda: saccade.attention(q, k, v, mask, edge_bias=inputs.bias, **options).transpose(0, 1),
+    )
+
+
+def ours_plain(inputs: Inputs, direction: str) -> Call | str:
+    """`saccade.attention` with nothing but the graph."""
+    return ours(inputs.plain(), direction)
 
 
 def pyg(inputs: Inputs, direction: str) -> Call | str:
@@ -74,11 +106,11 @@ def pyg(inputs: Inputs, direction: str) -> Call | str:
         from torch_geometric.nn import TransformerConv
     except ImportError:
         return "torch_geometric is not installed"
-    conv, index = (
-        TransformerConv(1, inputs.case.head_dim, inputs.case.heads),
-        torch.stack([inputs.sources, inputs.targets]),
-    )
-    conv.to(inputs.q.device)
+    case = inputs.case
+    if case.edge_bias or case.causal:
+        return "TransformerConv takes neither a bias of edges nor a mask"
+    conv = TransformerConv(1, case.head_dim, case.heads, dropout=case.dropout_p).to(inputs.q.device)
+    index = torch.stack([inputs.sources, inputs.targets])
 
     def forward() -> Tensor:
         found = conv.propagate(index, query=inputs.q, key=inputs.k, value=inputs.v, edge_attr=None)
@@ -160,32 +192,56 @@ PROVIDERS = {
     "gather": graph_limits.gather,
     "traffic": graph_limits.traffic,
 }
+OPTION_PROVIDERS = {"saccade": ours, "saccade-plain": ours_plain, "pyg": pyg}
+
+
+def _factors(inputs: Inputs, head: int) -> Tensor:
+    """[E], what dropout multiplies the weights of one head by."""
+    case, device = inputs.case, inputs.q.device
+    if not case.dropout_p:
+        return torch.ones(len(inputs.sources), device=device)
+    b, h = (torch.full((1,), x, device=device) for x in (0, head))
+    keep = kept(as_seed(SEED, device), case.dropout_p, b, h, inputs.targets, inputs.sources)
+    return keep.double() / (1 - case.dropout_p)
 
 
 def by_edges(inputs: Inputs, head: int, dtype: torch.dtype, train: bool) -> list[Tensor]:
-    """out [N, D], and the gradients of q, k, v, of one head from the formulas, a run of edges at a time."""
+    """out [N, D], the gradients of q, k, v, and that of the bias [E], of one head from the formulas, a run of
+    edges at a time.
+    """
     q, k, v, dout = (x.detach()[:, head].to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
-    run = _ORACLE_EDGES[q.device.type]
+    run, case = _ORACLE_EDGES[q.device.type], inputs.case
     parts = list(zip(inputs.targets.split(run), inputs.sources.split(run), strict=True))
     scale, n = q.shape[1] ** -0.5, len(q)
     logits = torch.cat([(q[i] * k[j]).sum(-1) * scale for i, j in parts])
+    if inputs.bias is not None:
+        logits = logits + inputs.bias.detach()[head, inputs.graph.ids].to(dtype)
+    if case.causal:
+        logits = logits.masked_fill(inputs.sources > inputs.targets, -torch.inf)
     peak = logits.new_full((n,), -torch.inf).scatter_reduce(0, inputs.targets, logits, "amax")
-    powers = torch.exp(logits - peak[inputs.targets])
-    weights = powers / powers.new_zeros(n).index_add(0, inputs.targets, powers)[inputs.targets]
-    runs = list(zip(parts, weights.split(run), strict=True))
+    powers = torch.exp(logits - torch.where(peak == -torch.inf, 0.0, peak)[inputs.targets])
+    sums = powers.new_zeros(n).index_add(0, inputs.targets, powers)
+    weights = powers / torch.where(sums == 0, 1.0, sums)[inputs.targets]
+    factors = _factors(inputs, head).to(dtype)
+    runs = list(zip(parts, weights.split(run), factors.split(run), strict=True))
     out = torch.zeros_like(v)
-    for (i, j), p in runs:
-        out.index_add_(0, i, p[:, None] * v[j])
+    for (i, j), p, z in runs:
+        out.index_add_(0, i, (p * z)[:, None] * v[j])
     if not train:
         return [out]
     delta = (dout * out).sum(-1)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for (i, j), p in runs:
-        ds = (p * ((dout[i] * v[j]).sum(-1) - delta[i]) * scale)[:, None]
+    dbias = []
+    for (i, j), p, z in runs:
+        dbias.append(p * (z * (dout[i] * v[j]).sum(-1) - delta[i]))
+        ds = (dbias[-1] * scale)[:, None]
         dq.index_add_(0, i, ds * k[j])
         dk.index_add_(0, j, ds * q[i])
-        dv.index_add_(0, j, p[:, None] * dout[i])
-    return [out, dq, dk, dv]
+        dv.index_add_(0, j, (p * z)[:, None] * dout[i])
+    if inputs.bias is None:
+        return [out, dq, dk, dv]
+    # The user's order of edges.
+    return [out, dq, dk, dv, torch.cat(dbias).scatter(0, inputs.graph.ids, torch.cat(dbias))]
 
 
 class GraphWork:
@@ -193,8 +249,9 @@ class GraphWork:
 
     def __init__(self, case: GraphCase, device: str, excluded: frozenset[str] = frozenset()) -> None:
         self.case, self.inputs = case, Inputs.of(case, device)
-        self._providers = {name: p for name, p in PROVIDERS.items() if name not in excluded}
-        self._known: tuple[list[Tensor], list[Tensor]] | None = None
+        offered = PROVIDERS if case == case.plain() else OPTION_PROVIDERS
+        self._providers = {name: p for name, p in offered.items() if name not in excluded}
+        self._known: dict[GraphCase, tuple[list[Tensor], list[Tensor]]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,15 +269,19 @@ class GraphWork:
         """Run a provider once and compare; empty when it is right."""
         if name in graph_limits.LIMITS:
             return graph_limits.fault(self.inputs, name, direction, call)
-        got = call()
-        head = self.case.heads - 1
-        if self._known is None:
+        inputs = self.inputs
+        if name == "saccade-plain":
+            inputs = inputs.plain()
+        elif name == "pyg" and self.case.dropout_p:  # its pattern is its own
+            inputs = inputs.without_dropout()
+            call = pyg(inputs, direction)
+        got, head = call(), self.case.heads - 1
+        if inputs.case not in self._known:
             train = TRAIN in self.directions
-            plain, exact = (by_edges(self.inputs, head, d, train) for d in (self.dtype, torch.float64))
-            self._known = plain, exact
-        return (
-            compare([x[:, head] for x in got], *self._known) if len(got) <= len(NAMES) else "too many results"
-        )
+            plain, exact = (by_edges(inputs, head, d, train) for d in (self.dtype, torch.float64))
+            self._known[inputs.case] = plain, exact
+        ours = [x[head] if n > 3 else x[:, head] for n, x in enumerate(got)]
+        return compare(ours, *self._known[inputs.case]) if len(got) <= len(NAMES) else "too many results"
 
     def flops(self, direction: str, name: str) -> int:
         return self.case.flops(direction)

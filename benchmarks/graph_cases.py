@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,14 @@ class GraphCase:
     heads: int
     head_dim: int
     dtype: str = "fp32"
+    dropout_p: float = 0.0
+    edge_bias: bool = False  # with its gradient
+    causal: bool = False  # of the edges, those from keys up to the query's own place
     directions: tuple[str, ...] = (FORWARD, TRAIN)
+
+    def plain(self) -> GraphCase:
+        """The same call with nothing but the graph."""
+        return replace(self, dropout_p=0.0, edge_bias=False, causal=False)
 
     def graph(self) -> Graph:
         return build(self.kind, self.edges)
@@ -42,7 +49,9 @@ class GraphCase:
 
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured. Edges per second are `edges` / `ms`."""
-        return columns(self)
+        graph = self.graph()
+        options = {"bias": self.edge_bias, "dropout_p": self.dropout_p}
+        return columns(self) | options | ({"mask": f"{graph!r} & Causal()"} if self.causal else {})
 
 
 def columns(case: Any) -> dict[str, object]:
@@ -101,3 +110,14 @@ def graphs() -> list[Group]:
         goal = {FORWARD: 9.0, TRAIN: 16.0}
         found.append(Group(kind, cases, "pyg", goal, others=others))  # type: ignore[arg-type]
     return found
+
+
+def graph_options() -> list[Group]:
+    """Dropout, a bias of edges with its gradient, a mask over the graph; beside saccade's own plain call."""
+    base = GraphCase("", "erdos-renyi", 100_000, 8, 16)
+    cases = (
+        replace(base, name="graph-dropout", dropout_p=0.1),
+        replace(base, name="graph-edge-bias", edge_bias=True),
+        replace(base, name="graph-causal", causal=True),
+    )
+    return [Group("graph options, beside plain", cases, "saccade-plain", others={"pyg": {}})]  # type: ignore[arg-type]

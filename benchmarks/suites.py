@@ -17,7 +17,7 @@ from .convolutions import ConvWork, convolutions
 from .encoder import EncoderWork, encoders
 from .gpu_cases import large_graphs, tiled
 from .graph import GraphWork
-from .graph_cases import graphs
+from .graph_cases import graph_options, graphs
 from .measure import Budget
 from .modules import ModuleWork
 
@@ -73,7 +73,7 @@ _SWEEP = (
 )
 
 register("attention", Suite("layers of well-known models, and what options cost", _ATTENTION, Budget(0.5, 3)))
-_GRAPHS = (Part(GraphWork, graphs), Part(ConvWork, convolutions))
+_GRAPHS = (Part(GraphWork, graphs), Part(GraphWork, graph_options), Part(ConvWork, convolutions))
 register("graph", Suite("graphs, edge by edge", _GRAPHS, Budget(0.5, 3)))
 register(
     "module",

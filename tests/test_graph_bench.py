@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from saccade.benchmarks import convolutions, graph, graph_cases, graph_limits
@@ -69,8 +71,9 @@ def test_operations_and_columns() -> None:
 
 
 @pytest.mark.parametrize("direction", [FORWARD, TRAIN])
-def test_every_convolution_is_right(direction: str) -> None:
-    work = convolutions.ConvWork(convolutions.ConvCase("small", "power-law", 1500, 2, 16, 3), "cpu")
+@pytest.mark.parametrize("layer", ["GATv2Conv", "GATConv", "TransformerConv"])
+def test_every_convolution_is_right(layer: str, direction: str) -> None:
+    work = convolutions.ConvWork(convolutions.ConvCase("small", layer, "power-law", 1500, 2, 16, 3), "cpu")
     for name, call in work.offers(direction).items():
         if isinstance(call, str):
             assert name == "pyg"
@@ -80,3 +83,25 @@ def test_every_convolution_is_right(direction: str) -> None:
             bent = [x * 1.001 if i == n else x for i, x in enumerate(call())]
             assert work.fault(name, direction, lambda bent=bent: bent), (name, n, result.shape)
     assert "saccade" not in convolutions.ConvWork(work.case, "cpu", frozenset({"saccade"})).offers(direction)
+
+
+@pytest.mark.parametrize("direction", [FORWARD, TRAIN])
+@pytest.mark.parametrize("option", [{"dropout_p": 0.3}, {"edge_bias": True}, {"causal": True}])
+def test_options_are_right(option: dict[str, Any], direction: str) -> None:
+    work = graph.GraphWork(GraphCase("small", "power-law", 1500, 2, 16, **option), "cpu")
+    columns = work.case.describe()
+    assert (columns["dropout_p"], columns["bias"]) == (option.get("dropout_p", 0), "edge_bias" in option)
+    assert ("Causal" in str(columns["mask"])) == ("causal" in option)
+    offers = work.offers(direction)
+    assert set(offers) == {"saccade", "saccade-plain", "pyg"}
+    for name, call in offers.items():
+        if isinstance(call, str):
+            assert name == "pyg"
+            continue
+        assert not work.fault(name, direction, call), name
+    call, plain = offers["saccade"], offers["saccade-plain"]
+    assert not isinstance(call, str) and not isinstance(plain, str)
+    assert work.fault("saccade", direction, plain)
+    for n in range(len(call())):
+        bent = [x * 1.001 if i == n else x for i, x in enumerate(call())]
+        assert work.fault("saccade", direction, lambda bent=bent: bent), n

@@ -22,16 +22,6 @@ struct EdgeRows {
   }
 };
 
-// Key head k's rows, those of edges of weight 0 replaced by zeros: what stands there, NaN perhaps, must not
-// be touched.
-template <typename T, typename S>
-SACCADE_FORCE EdgeRows<S> live_rows(const EdgeRows<S>& rows, int64_t k, int64_t n, const T* weight,
-                                    int64_t pitch, const S* zeros) {
-  EdgeRows<S> live;
-  for (int64_t e = 0; e < n; ++e) live.at[e] = weight[e * pitch] != T(0) ? rows.at[e] + k * rows.head : zeros;
-  return live;
-}
-
 // Rows of one query, a head each, padded with zeros to whole vectors.
 template <typename T>
 struct HeadRows {

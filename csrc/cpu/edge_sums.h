@@ -6,10 +6,18 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
+// sum + w * row; unless all edges are live, sum where w is 0: what stands in the row, NaN perhaps, is not
+// read.
+template <bool All, typename T>
+SACCADE_FORCE Vec<T> add_edge(Vec<T> sum, T w, Vec<T> row) {
+  const Vec<T> weight = splat<T>(w), more = sum + weight * row;
+  return All || weight != T(0) ? more : sum;
+}
+
 // y[v] += sum_e w[e] row_e[v], or y = where it is fresh, for V vectors: those of one head, or, H of them to a
 // head, those of V / H heads, whose weights lie side by side. The edges' sum is formed apart and then added:
 // of many steps, that rounds less.
-template <int V, int H, typename T, typename S>
+template <bool All, int V, int H, typename T, typename S>
 static void edge_sum_part(T* y, bool fresh, const EdgeRows<S>& rows, int64_t at, int64_t n, const T* weight,
                           int64_t pitch) {
   constexpr int L = kLanes<T>;
@@ -18,72 +26,77 @@ static void edge_sum_part(T* y, bool fresh, const EdgeRows<S>& rows, int64_t at,
     const S* row = rows.at[e] + at;
     const T* w = weight + e * pitch;
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) a[v] += w[v / H] * load_as<T>(row + v * L);
+    for (int v = 0; v < V; ++v) a[v] = add_edge<All>(a[v], w[v / H], load_as<T>(row + v * L));
   }
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) store(y + v * L, fresh ? a[v] : load(y + v * L) + a[v]);
 }
 
 // y += sum_e weight[e * pitch] row e of key head k, or y = where it is fresh; y is padded to whole vectors.
-template <typename T, typename S>
+template <bool All, typename T, typename S>
 static void edge_sum(T* y, bool fresh, const EdgeRows<S>& rows, int64_t k, int64_t n, int64_t d,
                      const T* weight, int64_t pitch) {
   constexpr int L = kLanes<T>;
   const int64_t at = k * rows.head;
   int64_t c = 0;
-  for (; c + 8 * L <= d; c += 8 * L) edge_sum_part<8, 8>(y + c, fresh, rows, at + c, n, weight, pitch);
+  for (; c + 8 * L <= d; c += 8 * L) edge_sum_part<All, 8, 8>(y + c, fresh, rows, at + c, n, weight, pitch);
   if (c + 4 * L <= d) {
-    edge_sum_part<4, 4>(y + c, fresh, rows, at + c, n, weight, pitch);
+    edge_sum_part<All, 4, 4>(y + c, fresh, rows, at + c, n, weight, pitch);
     c += 4 * L;
   }
   if (c + 2 * L <= d) {
-    edge_sum_part<2, 2>(y + c, fresh, rows, at + c, n, weight, pitch);
+    edge_sum_part<All, 2, 2>(y + c, fresh, rows, at + c, n, weight, pitch);
     c += 2 * L;
   }
   if (c + L <= d) {
-    edge_sum_part<1, 1>(y + c, fresh, rows, at + c, n, weight, pitch);
+    edge_sum_part<All, 1, 1>(y + c, fresh, rows, at + c, n, weight, pitch);
     c += L;
   }
   if (c == d) return;
   Vec<T> a{};
-  for (int64_t e = 0; e < n; ++e) a += weight[e * pitch] * load_part<T>(rows.at[e] + at + c, d - c);
+  for (int64_t e = 0; e < n; ++e)
+    a = add_edge<All>(a, weight[e * pitch], load_part<T>(rows.at[e] + at + c, d - c));
   store(y + c, fresh ? a : load(y + c) + a);
 }
 
 // How many heads are summed in one walk over the edges: eight or four vectors of them where heads lie side by
-// side and all edges are live.
+// side.
 template <typename T>
-SACCADE_FORCE int64_t heads_together(bool all, const HeadLanes<T>& x, int64_t head, int64_t d) {
+SACCADE_FORCE int64_t heads_together(const HeadLanes<T>& x, int64_t head, int64_t d) {
   constexpr int64_t L = kLanes<T>;
-  if (!all || x.group != 1 || head != d || (d != L && d != 2 * L && d != 4 * L)) return 1;
+  if (x.group != 1 || head != d || (d != L && d != 2 * L && d != 4 * L)) return 1;
   const int64_t vectors = d / L;
   return x.heads * vectors % 8 == 0 ? 8 / vectors : x.heads * vectors % 4 == 0 ? 4 / vectors : 1;
 }
 
+template <bool ToKeys, bool All, typename T, typename S>
+static void edge_sums_of(const HeadLanes<T>& lanes, T* y, int64_t ld, bool fresh, const EdgeRows<S>& rows,
+                         int64_t n, int64_t d, const T* weight, int64_t pitch) {
+  const int64_t together = heads_together(lanes, rows.head, d), vectors = d / kLanes<T>;
+  for (int64_t h = 0; h < lanes.heads; h += together, weight += together) {
+    const int64_t k = lanes.key(h), from = ToKeys ? h : k;
+    T* const to = y + (ToKeys ? k : h) * ld;
+    const bool first = fresh && (!ToKeys || lanes.opens(h));
+    if (together == 1)
+      edge_sum<All>(to, first, rows, from, n, d, weight, pitch);
+    else if (together * vectors == 8)
+      (vectors == 1   ? &edge_sum_part<All, 8, 1, T, S>
+       : vectors == 2 ? &edge_sum_part<All, 8, 2, T, S>
+                      : &edge_sum_part<All, 8, 4, T, S>)(to, first, rows, h * d, n, weight, pitch);
+    else
+      (vectors == 1 ? &edge_sum_part<All, 4, 1, T, S>
+                    : &edge_sum_part<All, 4, 2, T, S>)(to, first, rows, h * d, n, weight, pitch);
+  }
+}
 // The sums of rows of edges by the weights of their heads, weight[e * pitch + h]: one for each head of the
 // edges' query, of its key head's rows; or, ToKeys, one for each key head, of its heads' rows. Over all
 // edges, or over those whose weight is not 0. y lies by `ld`; where it is fresh the first sum is written, not
 // added.
 template <bool ToKeys, typename T, typename S>
 SACCADE_FORCE void edge_sums(const HeadLanes<T>& lanes, bool all, T* y, int64_t ld, bool fresh,
-                             const EdgeRows<S>& rows, int64_t n, int64_t d, const T* weight, int64_t pitch,
-                             const S* zeros) {
-  const int64_t together = heads_together(all, lanes, rows.head, d), vectors = d / kLanes<T>;
-  for (int64_t h = 0; h < lanes.heads; h += together, weight += together) {
-    const int64_t k = lanes.key(h), from = ToKeys ? h : k;
-    T* const to = y + (ToKeys ? k : h) * ld;
-    const bool first = fresh && (!ToKeys || lanes.opens(h));
-    if (together == 1)
-      all ? edge_sum<T, S>(to, first, rows, from, n, d, weight, pitch)
-          : edge_sum<T, S>(to, first, live_rows(rows, from, n, weight, pitch, zeros), 0, n, d, weight, pitch);
-    else if (together * vectors == 8)
-      (vectors == 1   ? &edge_sum_part<8, 1, T, S>
-       : vectors == 2 ? &edge_sum_part<8, 2, T, S>
-                      : &edge_sum_part<8, 4, T, S>)(to, first, rows, h * d, n, weight, pitch);
-    else
-      (vectors == 1 ? &edge_sum_part<4, 1, T, S> : &edge_sum_part<4, 2, T, S>)(to, first, rows, h * d, n,
-                                                                               weight, pitch);
-  }
+                             const EdgeRows<S>& rows, int64_t n, int64_t d, const T* weight, int64_t pitch) {
+  (all ? &edge_sums_of<ToKeys, true, T, S> : &edge_sums_of<ToKeys, false, T, S>)(lanes, y, ld, fresh, rows, n,
+                                                                                 d, weight, pitch);
 }
 
 }  // namespace

@@ -129,13 +129,21 @@ SACCADE_FORCE void copy_numbers(T* to, const T* from, int64_t n) {
   for (; c < n; ++c) to[c] = from[c];
 }
 
-// Every stored edge counts: nothing but the graph decides. Otherwise an edge may be dead (weight exactly 0),
-// and what stands in its rows, NaN perhaps, must not be touched.
-SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
+// Whether anything but the graph says which edges attend.
+SACCADE_FORCE bool mask_decides(const GatherParams& p) {
   const int64_t* b = p.mask.band;
-  return b[0] == kUnbounded && b[1] == kUnbounded && b[2] == kUnbounded && b[3] == kUnbounded &&
-         !p.mask.head_bounds && !p.mask.num_chunks && !p.mask.lengths && !irregular(p.mask) && !p.edge_bias &&
-         p.dropout_p == 0 && is_softmax(p);
+  return b[0] != kUnbounded || b[1] != kUnbounded || b[2] != kUnbounded || b[3] != kUnbounded ||
+         p.mask.head_bounds || p.mask.num_chunks || p.mask.lengths || irregular(p.mask);
+}
+// Every stored edge counts. Otherwise an edge may be dead (weight exactly 0), and what stands in its rows,
+// NaN perhaps, must not reach a sum.
+SACCADE_FORCE bool all_edges_live(const GatherParams& p) {
+  return !mask_decides(p) && !p.edge_bias && p.dropout_p == 0 && is_softmax(p);
+}
+
+// The user's number of an edge.
+SACCADE_FORCE int64_t edge_id(const GatherParams& p, int64_t edge) {
+  return p.edge_ids ? p.edge_ids[edge] : edge;
 }
 
 // Edges that follow each other, of whatever rows.
@@ -145,9 +153,8 @@ struct EdgeGroup {
   const int32_t* rows;  // the row of each
 
   int64_t key(int64_t e) const { return p->indices[begin + e]; }
-  int64_t id(int64_t e) const {
-    return p->edge_ids ? p->edge_ids[begin + e] : begin + e;
-  }  // the user's number
+  int64_t id(int64_t e) const { return edge_id(*p, begin + e); }
+  int64_t more() const { return min64(kEdgeLanes, p->edges - begin - n); }  // edges behind them
   // Up to `most` of them from `at` on.
   EdgeGroup part(int64_t at, int64_t most) const {
     return {p, b, begin + at, min64(most, n - at), rows + at};

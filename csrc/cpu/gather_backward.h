@@ -12,13 +12,13 @@ template <typename T, typename S>
 static Plan<GatherParams> gather_backward_plan(const GatherParams& p) {
   Plan<GatherParams> plan;
   const RowSplit rows = row_split<T>(p), columns = column_split<T>(p);
-  Arena a{nullptr}, b{nullptr}, c{nullptr}, shared{nullptr};
+  Arena a{nullptr}, b{nullptr}, c{nullptr}, d{nullptr}, shared{nullptr};
   const RowPass<T, S> row_pass(p, a);
   const ColumnPass<T, S> column_pass(p, b);
   const JointPass<T, S> joint_pass(p, c);
+  const FeaturePass<T, S> feature_pass(p, d);
   const EdgeNumbers<T> numbers(p, shared);
-  b.take<T>(3 * round_up(p.edge_dim, kLanes<T>) + 64);
-  plan.scratch_bytes = size_t(max64(a.used, max64(b.used, c.used)));
+  plan.scratch_bytes = size_t(max64(max64(a.used, b.used), max64(c.used, d.used)));
   plan.workspace_bytes = shared.used;
   if (row_pass.w.far) plan.add(p.batch * rows.items(), &gather_values_item<T, S>);
   plan.add(p.batch * rows.items(), &gather_rows_item<T, S>);
@@ -33,7 +33,7 @@ static Plan<GatherParams> gather_backward_plan(const GatherParams& p) {
     if (columns.items() > 1) plan.add(p.batch * columns.items(), &gather_columns_merge<T, S>);
   }
   if (p.needs & (kNeedEdgeBias | kNeedWeight) || (p.edge_dim && p.needs & kNeedEdgeX))
-    plan.add(edge_items(p) + 1, &gather_edges_item<T>);
+    plan.add(edge_items(p) + 1, &gather_edges_item<T, S>);
   if (p.joint_dim && p.needs & (kNeedEdgeQ | kNeedEdgeX)) {
     plan.add(edge_items(p), &gather_joint_item<T, S>);
     if (p.needs & kNeedEdgeQ) plan.add(p.heads, &gather_joint_sum<T>);

@@ -19,7 +19,8 @@ struct EdgeNumbers {
   T* pieces;             // cut rows
   double* dweight;       // partial gradients of the score's weight, [B x items][H][D]
   T* columns;            // cut columns
-  double* joint;         // partial gradients of W where features join the score, [edge items][H][De][ld]
+  double* joint;         // partial gradients of W where features join the score, [edge items][De][H][ld]
+  Slopes<T> slopes;
 
   static int64_t piece_size(const GatherParams& p) {
     return p.heads * (round_up(p.head_dim, kLanes<T>) + round_up(p.edge_dim, kLanes<T>));
@@ -27,7 +28,7 @@ struct EdgeNumbers {
   static int64_t column_size(const GatherParams& p) {
     return p.heads_k * (round_up(p.head_dim, kLanes<T>) + round_up(p.head_dim_v, kLanes<T>));
   }
-  EdgeNumbers(const GatherParams& p, Arena& a) : pitch(HeadLanes<T>(p).pitch) {
+  EdgeNumbers(const GatherParams& p, Arena& a) : pitch(HeadLanes<T>(p).pitch), slopes(p, a) {
     // Whole vectors are read from the last edge on.
     const int64_t numbers = p.batch * p.edges * pitch + kLanes<T>;
     const int64_t items = row_split<T>(p).items(), t_items = column_split<T>(p).items();
@@ -37,7 +38,7 @@ struct EdgeNumbers {
     dweight = a.take<double>(p.weight ? p.batch * items * p.heads * p.head_dim : 0);
     columns = a.take<T>(p.batch * t_items * 2 * column_size(p));
     joint = a.take<double>(
-        p.needs & kNeedEdgeQ ? edge_items(p) * p.heads * p.joint_dim * round_up(p.head_dim, kLanes<T>) : 0);
+        p.needs & kNeedEdgeQ ? edge_items(p) * p.joint_dim * p.heads * round_up(p.head_dim, kLanes<T>) : 0);
     edges = p.edges;
   }
   T* of(int64_t b, int64_t edge) const { return pairs + 2 * (b * edges + edge) * pitch; }
@@ -107,8 +108,7 @@ struct ColumnPass {
   const GatherParams& p;
   HeadLanes<T> heads;
   T *own, *key_rows, *pairs;  // the last [kEdgeLanes][2][pitch]
-  S* zeros;
-  HeadRows<T> keys{};  // of the additive scores, as is what follows
+  HeadRows<T> keys{};         // of the additive scores, as is what follows
   JointFeatures<T> joint;
   int64_t ldk, ldv;
   bool live, far;
@@ -116,23 +116,20 @@ struct ColumnPass {
   ColumnPass(const GatherParams& params, Arena& a)
       : p(params),
         heads(params),
-        joint(params, a),
+        joint(params, a, kEdgeLanes),
         live(all_edges_live(params)),
         far(rows_outgrow(kNearBytes, params, params.seqlen_q, params.heads)) {
-    const int64_t widest = max64(p.head_dim, p.head_dim_v);
     ldk = round_up(p.head_dim, kLanes<T>);
     ldv = round_up(p.head_dim_v, kLanes<T>);
     own = a.take<T>(EdgeNumbers<T>::column_size(p));
     key_rows = a.take<T>(p.heads_k * ldk);
     pairs = a.take<T>(2 * kEdgeLanes * heads.pitch + kLanes<T>);
-    zeros = a.take<S>(widest);
-    if (a.base) memset(zeros, 0, size_t(widest) * sizeof(S));
   }
 
   // The edges of one piece join the sums of their key: dK of all heads, dV, or both.
   template <int64_t Needs>
   void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dk, T* dv) {
-    if (Needs & kNeedK && p.score != Score::kDot)
+    if (Needs & kNeedK && p.score == Score::kAdditive)
       keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
     if (piece.begin == piece.end) {
       if (Needs & kNeedK) memset(dk, 0, size_t(p.heads_k * ldk) * sizeof(T));
@@ -144,6 +141,8 @@ struct ColumnPass {
         const T* grads = pairs + heads.pitch;
         if (p.score == Score::kDot)
           add_rows(b, at, piece, p.q, p.head_dim, grads, dk, ldk);
+        else if (numbers.slopes.base)
+          add_slopes(b, at, piece, numbers.slopes, grads, dk);
         else
           add_additive(b, at, piece, grads, dk);
       }
@@ -160,7 +159,11 @@ struct ColumnPass {
       const T* from = numbers.of(b, p.t_edges[at + e]);
       for (int64_t c = 0; c < step; c += kLanes<T>) store(pairs + e * step + c, load(from + c));
     }
-    for (int64_t e = 0; e < ahead; ++e) prefetch(numbers.of(b, p.t_edges[at + kEdgeLanes + e]));
+    for (int64_t e = 0; e < ahead; ++e) {
+      const int64_t edge = p.t_edges[at + kEdgeLanes + e];
+      prefetch(numbers.of(b, edge));
+      if (numbers.slopes.base) prefetch(numbers.slopes.of(b, edge));
+    }
   }
   // sums[k] += the edges' rows of x, of every head of key head k, by their weights; a head's first rows are
   // written, not added.
@@ -170,17 +173,23 @@ struct ColumnPass {
     const RowsAhead ask(far, x, b, p.heads, d, p.t_rows, at, n, p.edges);
     const EdgeRows<S> rows(x, b, p.t_rows + at, n);
     for (int64_t e = 0; e < ask.n; ++e) ask(e);
-    edge_sums<true>(heads, live, sums, ld, at == piece.begin, rows, n, d, weights, 2 * heads.pitch, zeros);
+    edge_sums<true>(heads, live, sums, ld, at == piece.begin, rows, n, d, weights, 2 * heads.pitch);
+  }
+  void add_slopes(int64_t b, int64_t at, RowSplit::Piece piece, const Slopes<T>& all, const T* grads, T* dk) {
+    const int64_t n = min64(kEdgeLanes, piece.end - at);
+    const LaneBits<T>* slopes[kEdgeLanes];
+    for (int64_t e = 0; e < n; ++e) slopes[e] = all.of(b, p.t_edges[at + e]);
+    for (int64_t h = 0; h < p.heads; ++h)
+      all.add(p, h, slopes, n, at == piece.begin && heads.opens(h), dk + heads.key(h) * ldk, grads + h,
+              2 * heads.pitch);
   }
   void add_additive(int64_t b, int64_t at, RowSplit::Piece piece, const T* grads, T* dk) {
     const int64_t n = min64(kEdgeLanes, piece.end - at);
     const EdgeRows<S> queries(p.q, b, p.t_rows + at, n);
     const RowsAhead ask(far, p.q, b, p.heads, p.head_dim, p.t_rows, at, n, p.edges);
     for (int64_t e = 0; e < ask.n; ++e) ask(e);
-    const JointRows<T> own = joint.join(p, same_rows(keys), heads.group, n, [&](int64_t e) {
-      const int64_t place = p.t_edges[at + e];
-      return p.edge_ids ? p.edge_ids[place] : place;
-    });
+    const JointRows<T> own = joint.join(same_rows(keys), heads.group, n, min64(kEdgeLanes, p.edges - at - n),
+                                        [&](int64_t e) { return edge_id(p, p.t_edges[at + e]); });
     for (int64_t h = 0; h < p.heads; ++h)
       additive_edge_gradient<T, S>(p, h, own, queries, h, n, at == piece.begin && heads.opens(h),
                                    dk + heads.key(h) * ldk, nullptr, grads + h, 2 * heads.pitch);

@@ -34,7 +34,7 @@ struct ForwardPass {
 
   ForwardPass(const GatherParams& params, Arena& a)
       : p(params),
-        w(params, a),
+        w(params, a, kEdgeLanes),
         own(params, a.take<T>(GatherState<T>::size(params))),
         edges{&p, 0, 0, 0, nullptr} {
     const int64_t most = row_split<T>(p).step;
@@ -55,8 +55,8 @@ struct ForwardPass {
   void find_logits() {
     for (int64_t at = 0; at < edges.n; at += kEdgeLanes) {
       const EdgeGroup g = edges.part(at, kEdgeLanes);
-      w.read_features(p, g);
-      edge_logits<T, S>(p, g, w, logits + at * w.heads.pitch, nullptr);
+      w.read_features(g);
+      edge_logits<T, S>(p, g, w, logits + at * w.heads.pitch, {});
     }
   }
   // O and E of the rows or pieces of rows from the weights of their edges.
@@ -73,12 +73,11 @@ struct ForwardPass {
       const T* weight = weights + (first + at) * w.heads.pitch;
       const RowsAhead ask(w.far, p.v, g.b, p.heads_k, p.head_dim_v, p.indices, g.begin, g.n, p.edges);
       for (int64_t e = 0; e < ask.n; ++e) ask(e);
-      edge_sums<false>(w.heads, w.live, O, ldo, at == 0, values, g.n, p.head_dim_v, weight, w.heads.pitch,
-                       w.zeros);
+      edge_sums<false>(w.heads, w.live, O, ldo, at == 0, values, g.n, p.head_dim_v, weight, w.heads.pitch);
       if (!p.edge_dim) continue;
-      w.read_features(p, g);
-      edge_sums<false>(w.heads, w.live, E, w.lde, at == 0, w.feature_rows, g.n, p.edge_dim, weight,
-                       w.heads.pitch, w.zero_features);
+      w.read_features(g);
+      edge_sums<false>(w.heads, w.live, E, w.lde, at == 0, w.features.rows, g.n, p.edge_dim, weight,
+                       w.heads.pitch);
     }
   }
 };

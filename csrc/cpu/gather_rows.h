@@ -60,7 +60,7 @@ struct RowPass {
 
   RowPass(const GatherParams& params, Arena& a)
       : p(params),
-        w(params, a),
+        w(params, a, kBlockEdges),
         each(params),
         read_dout(a, w.own_beyond, p.heads, p.head_dim_v),
         read_dout_edge(a, w.own_beyond, p.heads, p.edge_dim) {
@@ -87,7 +87,7 @@ struct RowPass {
     const EdgeGroup all = edges(b);
     for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
       const EdgeGroup g = all.part(at, kEdgeLanes);
-      w.read_features(p, g);
+      w.read_features(g);
       value_dots(g, dP + at * w.heads.pitch);
     }
     copy_numbers(to.of(b, block.begin), dP, block.n * w.heads.pitch);
@@ -102,9 +102,10 @@ struct RowPass {
     if (w.far) copy_numbers(dP, to.of(b, block.begin), pairs);
     for (int64_t at = 0; at < block.n; at += kEdgeLanes) {
       const EdgeGroup g = all.part(at, kEdgeLanes);
-      w.read_features(p, g);
+      w.read_features(g);
       if (!w.far) value_dots(g, dP + at * heads.pitch);
-      edge_logits<T, S>(p, g, w, s + at * heads.pitch, cap + at * heads.pitch);
+      edge_logits<T, S>(p, g, w, s + at * heads.pitch,
+                        {cap + at * heads.pitch, to.slopes.base ? to.slopes.of(b, g.begin) : nullptr, at});
     }
     if (p.dropout_p > 0) {
       for (int64_t c = 0; c < heads.size(block.n); ++c) drop[c] = T(1);
@@ -123,24 +124,26 @@ struct RowPass {
     const EdgeGroup all = edges(b).part(run.begin - block.begin, run.end - run.begin);
     T* dqe = dq + p.heads * ldq;
     HeadRows<T> q{};
-    if (p.score != Score::kDot) q = read_heads<T, S>(p.q, b, run.row, p.heads, p.head_dim, q_rows);
+    if (p.score != Score::kDot && !p.joint_dim)
+      q = read_heads<T, S>(p.q, b, run.row, p.heads, p.head_dim, q_rows);
     for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
       const EdgeGroup g = all.part(at, kEdgeLanes);
       const EdgeRows<S> keys(p.k, b, p.indices + g.begin, g.n);
       const T* grads = numbers + (2 * (g.begin - block.begin) + 1) * heads.pitch;
       const bool fresh = run.first && at == 0;
       if (p.score != Score::kDot) {
-        const JointRows<T> rows = w.joint.join(p, same_rows(q), 1, g.n, [&](int64_t e) { return g.id(e); });
+        const JointRows<T> rows =
+            p.joint_dim ? w.joint.joined(g.begin - block.begin, g.n) : JointRows<T>{same_rows(q), 1};
         for (int64_t h = 0; h < p.heads; ++h)
           additive_edge_gradient<T, S>(p, h, rows, keys, heads.key(h), g.n, fresh, dq + h * ldq,
                                        dW + h * p.head_dim, grads + h, 2 * heads.pitch);
         continue;
       }
-      edge_sums<false>(heads, w.live, dq, ldq, fresh, keys, g.n, p.head_dim, grads, 2 * heads.pitch, w.zeros);
+      edge_sums<false>(heads, w.live, dq, ldq, fresh, keys, g.n, p.head_dim, grads, 2 * heads.pitch);
       if (!p.edge_dim) continue;
-      w.read_features(p, g);
-      edge_sums<false>(heads, w.live, dqe, w.lde, fresh, w.feature_rows, g.n, p.edge_dim, grads,
-                       2 * heads.pitch, w.zero_features);
+      w.read_features(g);
+      edge_sums<false>(heads, w.live, dqe, w.lde, fresh, w.features.rows, g.n, p.edge_dim, grads,
+                       2 * heads.pitch);
     }
   }
 

@@ -1,6 +1,6 @@
 // The logits of a tile: scale and softcap, additive scores, biases, what the mask drops, dropout.
 #pragma once
-#include "../philox.h"
+#include "dropout.h"
 #include "relative.h"
 #include "tile.h"
 
@@ -211,35 +211,17 @@ SACCADE_FORCE bool may_hold_dead(const Params& p, const QueryBlock& q, const Key
 // Z[j][i] = 0 where dropout drops the pair, 1 / (1 - p) elsewhere.
 template <typename T>
 static void dropout_tile(const Params& p, const QueryBlock& q, const KeyTile& t, T* Z) {
-  constexpr int W = 16;
-  const uint32_t threshold = dropout_threshold(p.dropout_p);
-  const T keep = T(1 / (1 - p.dropout_p));
-  const uint32_t seed0 = uint32_t(p.seed), seed1 = uint32_t(p.seed >> 32);
-  for (int64_t i0 = 0; i0 < q.lanes; i0 += W)
+  const DropoutFactors<T> factors(p.seed, p.dropout_p);
+  Words row;
+  for (int64_t l = 0; l < kWordLanes; ++l) row[l] = uint64_t(q.i0 + l);
+  for (int64_t i0 = 0; i0 < q.lanes; i0 += kWordLanes, row += kWordLanes)
     for (int64_t group = t.j0 >> 3; group <= (t.j0 + t.n - 1) >> 3; ++group) {
-      uint32_t c[4][W];
-      for (int l = 0; l < W; ++l) {
-        c[0][l] = uint32_t(group);
-        c[1][l] = uint32_t(q.i0 + i0 + l);
-        c[2][l] = uint32_t(q.h);
-        c[3][l] = uint32_t(q.b);
-      }
-      uint32_t k0 = seed0, k1 = seed1;
-      for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1)
-        for (int l = 0; l < W; ++l) {
-          const uint64_t a = uint64_t(kPhiloxM0) * c[0][l], b = uint64_t(kPhiloxM1) * c[2][l];
-          c[0][l] = uint32_t(b >> 32) ^ c[1][l] ^ k0;
-          c[1][l] = uint32_t(b);
-          c[2][l] = uint32_t(a >> 32) ^ c[3][l] ^ k1;
-          c[3][l] = uint32_t(a);
-        }
-      const int64_t first = max64(group * 8, t.j0), last = min64(group * 8 + 8, t.j0 + t.n),
-                    lanes = min64(W, q.lanes - i0);
-      for (int64_t j = first; j < last; ++j) {
-        const uint32_t* word = c[(j & 7) >> 1];
-        const int shift = 16 * int(j & 1);
-        T* z = Z + (j - t.j0) * q.lanes + i0;
-        for (int64_t l = 0; l < lanes; ++l) z[l] = ((word[l] >> shift) & 0xFFFF) >= threshold ? keep : T(0);
+      Words c[4];
+      factors.draw(word(uint64_t(group)), row, word(uint64_t(q.h)), q.b, c);
+      const int64_t end = min64(group * 8 + 8, t.j0 + t.n);
+      for (int64_t j = max64(group * 8, t.j0); j < end; ++j) {
+        const auto z = factors.of(c[(j & 7) >> 1], j);
+        memcpy(Z + (j - t.j0) * q.lanes + i0, &z, sizeof z);
       }
     }
 }

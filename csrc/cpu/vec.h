@@ -32,6 +32,11 @@ struct VecOf<float> {
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
   using Int = int32_t;
+#if defined(__AVX512F__)
+  using Bits = uint16_t;  // one for each lane
+#else
+  using Bits = uint8_t;
+#endif
 };
 template <>
 struct VecOf<double> {
@@ -39,6 +44,7 @@ struct VecOf<double> {
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
   typedef uint64_t U __attribute__((vector_size(kVectorBytes)));
   using Int = int64_t;
+  using Bits = uint8_t;
 };
 template <typename T>
 using Vec = typename VecOf<T>::V;
@@ -82,6 +88,28 @@ SACCADE_FORCE bool any_lane(I mask) {
   memcpy(words, &mask, sizeof mask);
   for (uint64_t word : words) any |= word;
   return any != 0;
+}
+// A bit for each lane of a mask, the lowest first; and the mask again.
+template <typename T>
+using LaneBits = typename VecOf<T>::Bits;
+template <typename T>
+SACCADE_FORCE LaneBits<T> lane_bits(VecI<T> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(__m512i(mask));
+  return LaneBits<T>(_mm512_movepi64_mask(__m512i(mask)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return LaneBits<T>(_mm256_movemask_ps(__m256(mask)));
+  return LaneBits<T>(_mm256_movemask_pd(__m256d(mask)));
+#else
+  unsigned all = 0;
+  for (int l = 0; l < kLanes<T>; ++l) all |= unsigned(mask[l] & 1) << l;
+  return LaneBits<T>(all);
+#endif
+}
+template <typename T>
+SACCADE_FORCE VecI<T> bit_lanes(LaneBits<T> bits) {
+  using Int = typename VecOf<T>::Int;
+  return ((VecI<T>{} + Int(bits)) & (Int(1) << iota<T>())) != 0;
 }
 template <typename To, typename From>
 SACCADE_FORCE To bits(From x) {

@@ -1,0 +1,118 @@
+"""What joins attention on a graph - dropout, biases, masks, scores, features of edges - on every set of
+instructions, whose vectors hold other numbers of heads and features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import saccade
+import torch
+from saccade import Causal, GATv2, Graph, KeyPadding, ops
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not ops.LOADED, reason="the operator library is not built")
+SETS = [name for name in torch.ops.saccade.cpu_isa("").split()[1:] if "bf16" not in name and name != "amx"]
+NODES, EDGES = 70, 331
+
+
+@pytest.fixture(params=SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    torch.ops.saccade.cpu_isa(request.param)
+    yield request.param
+    torch.ops.saccade.cpu_isa("best")
+
+
+def eighths(*shape: int) -> Tensor:
+    """Multiples of 1/8: sums of them are exact, and none is moved across the kink of leaky_relu."""
+    return torch.randint(-16, 17, shape) / 8
+
+
+def graph() -> Graph:
+    """Edges in an order of their own; rows of no edge to dozens."""
+    crowded = torch.arange(EDGES) % 2 == 0
+    targets = torch.where(crowded, torch.randint(9, (EDGES,)), torch.randint(NODES - 8, (EDGES,)))
+    return Graph.from_edge_index(torch.stack([torch.randint(NODES, (EDGES,)), targets]), NODES)
+
+
+def check(leaves: dict[str, Tensor], mask: Any, bound: float = 2e-5, **options: Any) -> None:
+    """The output and every gradient against the reference in fp64, where NaN in features is 0."""
+    found = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        x = {name: t.to(dtype, copy=True) for name, t in leaves.items()}
+        if backend == "reference" and "e" in x:
+            x["e"].nan_to_num_()
+        x = {name: t.requires_grad_() for name, t in x.items()}
+        given = dict(options)
+        if "edge_bias" in x:
+            given["edge_bias"] = x["edge_bias"]
+        if "e" in x and "w" not in x:
+            given["edge_attr"] = (x["e"], x["W"])
+        if "w" in x:
+            given["score"] = GATv2(x["w"], 0.2, (x["e"], x["W"]) if "e" in x else None)
+        out = saccade.attention(x["q"], x["k"], x["v"], mask, backend=backend, **given)
+        found.append([out, *torch.autograd.grad(out.double().sin().sum(), list(x.values()))])
+    for name, got, exact in zip(["out", *leaves], *found, strict=True):
+        error = (got.double() - exact).abs().max().item()
+        assert error <= bound * max(1.0, exact.abs().max().item()), f"{name}: {error}"
+
+
+def nodes(heads: int, dim: int) -> dict[str, Tensor]:
+    """q, k, v [2, heads, NODES, dim], the heads of a node side by side."""
+    return {name: torch.randn(2, NODES, heads, dim).transpose(1, 2) for name in "qkv"}
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 8, 24])
+def test_dropout(isa: str, heads: int) -> None:
+    check(nodes(heads, 16), graph(), dropout_p=0.4, seed=(1 << 40) + 7)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8])
+@pytest.mark.parametrize("of", ["each head", "all heads"])
+def test_edge_bias(isa: str, heads: int, of: str) -> None:
+    bias = torch.randn(heads, EDGES) if of == "each head" else torch.randn(EDGES)
+    bias[..., ::7] = -torch.inf
+    check(nodes(heads, 16) | {"edge_bias": bias}, graph(), dropout_p=0.2, seed=3)
+
+
+@pytest.mark.parametrize("dim", [5, 16, 48])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "relu"])
+def test_masks_hide_what_stands_in_keys(isa: str, dim: int, activation: str) -> None:
+    x = nodes(4, dim)
+    lengths = torch.tensor([NODES - 20, NODES - 1])
+    for b, n in enumerate(lengths.tolist()):
+        x["k"][b, :, n:] = torch.nan
+        x["v"][b, :, n:] = torch.nan
+    check(x, graph() & KeyPadding(lengths) & Causal(), activation=activation)
+
+
+@pytest.mark.parametrize("features", [1, 3, 16, 33])
+@pytest.mark.parametrize("dim", [1, 16, 20])
+def test_gatv2(isa: str, dim: int, features: int) -> None:
+    x = {name: eighths(2, 3, NODES, dim) for name in "qkv"}
+    x |= {"w": eighths(3, dim), "e": eighths(EDGES, features), "W": eighths(3, dim, features) / 4}
+    check(x, graph(), 2e-4)
+    check({name: x[name] for name in "qkvw"}, graph(), 2e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gatv2_hides_what_masks_hide(isa: str, groups: int) -> None:
+    """NaN in the features of hidden edges and in their keys, key heads shared."""
+    x = {name: eighths(2, h, NODES, 24) for name, h in (("q", 4), ("k", 4 // groups), ("v", 4 // groups))}
+    x |= {"w": eighths(4, 24), "e": eighths(EDGES, 9), "W": eighths(4, 24, 9) / 4}
+    mask = graph()
+    sources, targets = mask.edge_index
+    x["e"][sources > targets] = torch.nan
+    check(x, mask & Causal(), 2e-4)
+
+
+@pytest.mark.parametrize("features", [3, 16, 33])
+def test_features_beside_keys(isa: str, features: int) -> None:
+    x = nodes(3, 16) | {"e": torch.randn(EDGES, features), "W": torch.randn(3, 16, features) / 4}
+    mask = graph()
+    sources, targets = mask.edge_index
+    x["e"][sources > targets] = torch.nan
+    check(x, mask & Causal(), 1e-4)
+    check(x | {"e": torch.randn(EDGES, features)}, mask, 1e-4, dropout_p=0.3, seed=5)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from saccade.graph import Graph
+from saccade.maskbase import Mask
+from saccade.masks import Causal
 from saccade.patterns import grid2d
 from torch import Tensor
 
@@ -33,7 +35,7 @@ class GraphCase:
     dtype: str = "fp32"
     dropout_p: float = 0.0
     edge_bias: bool = False  # with its gradient
-    causal: bool = False  # of the edges, those from keys up to the query's own place
+    causal: bool = False  # of the edges, those from keys up to the query's own place attend
     directions: tuple[str, ...] = (FORWARD, TRAIN)
 
     def plain(self) -> GraphCase:
@@ -43,15 +45,24 @@ class GraphCase:
     def graph(self) -> Graph:
         return build(self.kind, self.edges)
 
+    def mask(self) -> Mask:
+        return self.graph() & Causal() if self.causal else self.graph()
+
+    def kept(self) -> Tensor:
+        """[E] bool, of the stored edges: those that attend."""
+        graph = self.graph()
+        return (
+            graph.indices <= graph.rows if self.causal else torch.ones_like(graph.indices, dtype=torch.bool)
+        )
+
     def flops(self, direction: str) -> int:
-        """Useful operations: q.k and p v of every edge, and five products more backward."""
-        return 2 * self.graph().num_edges * self.heads * self.head_dim * (7 if direction == TRAIN else 2)
+        """Useful operations: q.k and p v of every edge that attends, and five products more backward."""
+        return 2 * int(self.kept().sum()) * self.heads * self.head_dim * (7 if direction == TRAIN else 2)
 
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured. Edges per second are `edges` / `ms`."""
-        graph = self.graph()
-        options = {"bias": self.edge_bias, "dropout_p": self.dropout_p}
-        return columns(self) | options | ({"mask": f"{graph!r} & Causal()"} if self.causal else {})
+        options = {"mask": repr(self.mask()), "bias": self.edge_bias, "dropout_p": self.dropout_p}
+        return columns(self) | options
 
 
 def columns(case: Any) -> dict[str, object]:

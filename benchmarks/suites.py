@@ -74,7 +74,7 @@ _SWEEP = (
 
 register("attention", Suite("layers of well-known models, and what options cost", _ATTENTION, Budget(0.5, 3)))
 _GRAPHS = (Part(GraphWork, graphs), Part(GraphWork, graph_options), Part(ConvWork, convolutions))
-register("graph", Suite("graphs, edge by edge", _GRAPHS, Budget(0.5, 3)))
+register("graph", Suite("graphs, edge by edge; options, whole layers", _GRAPHS, Budget(0.5, 3)))
 register(
     "module",
     Suite("nn.MultiheadAttention and padded encoders, swapped and not", (_MODULE, _ENCODER), Budget(0.6, 5)),

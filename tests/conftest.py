@@ -31,6 +31,27 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+SETS = torch.ops.saccade.cpu_isa("").split()[1:] if saccade.ops.LOADED else []
+
+
+def _chosen(name: str) -> Iterator[str]:
+    torch.ops.saccade.cpu_isa(name)
+    yield name
+    torch.ops.saccade.cpu_isa("best")
+
+
+@pytest.fixture(params=SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this processor has."""
+    yield from _chosen(request.param)
+
+
+@pytest.fixture(params=[name for name in SETS if "bf16" not in name and name != "amx"])
+def vector_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those that have code of their own for graphs."""
+    yield from _chosen(request.param)
+
+
 FULL_SECONDS = 1200  # for a test of `make test-full`; the others have what pyproject.toml says
 
 # Minutes a test: at the end, one process would wait for the other.

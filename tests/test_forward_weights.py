@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from saccade.testing import Shape, assert_no_worse_than, make_inputs, poisoned, 
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not ops.LOADED, reason="the operator library is not built")
-SETS = torch.ops.saccade.cpu_isa("").split()[1:] if ops.LOADED else []
 
 # Eight sequences of two blocks: as many items as one pass asks for.
 SHAPE = Shape(8, 4, 2, 70, 300, 24, 20)
@@ -41,13 +39,6 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid": {"activation": "sigmoid", "mask": Causal()},
     "additive": {"score": Additive(_random(4, 24))},
 }
-
-
-@pytest.fixture(params=SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    torch.ops.saccade.cpu_isa(request.param)
-    yield request.param
-    torch.ops.saccade.cpu_isa("best")
 
 
 def _dtypes(isa: str) -> list[torch.dtype]:

@@ -48,6 +48,9 @@ def test_a_wrong_result_is_found() -> None:
 
     for n in range(4):
         assert work.fault("saccade", TRAIN, lambda n=n: bent(n))
+    assert work.fault("saccade", TRAIN, lambda: call()[:3]) and work.fault(
+        "saccade", TRAIN, lambda: [*call()] * 2
+    )
 
 
 @pytest.mark.parametrize("direction", [FORWARD, TRAIN])
@@ -68,6 +71,11 @@ def test_operations_and_columns() -> None:
     edges = case.graph().num_edges
     assert case.flops(FORWARD) == 4 * edges * 4 * 16 and case.flops(TRAIN) == 14 * edges * 4 * 16
     assert case.describe()["edges"] == edges
+    causal = GraphCase("small", "grid", 900, 4, 16, causal=True)
+    sources, targets = causal.graph().edge_index
+    assert causal.flops(FORWARD) == 4 * int((sources <= targets).sum()) * 4 * 16 < case.flops(FORWARD)
+    work = graph.GraphWork(causal, "cpu")
+    assert work.flops(FORWARD, "saccade-plain") == case.flops(FORWARD) > work.flops(FORWARD, "saccade")
 
 
 @pytest.mark.parametrize("direction", [FORWARD, TRAIN])
@@ -80,7 +88,7 @@ def test_every_convolution_is_right(layer: str, direction: str) -> None:
             continue
         assert not work.fault(name, direction, call), name
         for n, result in enumerate(call()):
-            bent = [x * 1.001 if i == n else x for i, x in enumerate(call())]
+            bent = [x + 0.1 if i == n else x for i, x in enumerate(call())]  # a bias of keys has gradient 0
             assert work.fault(name, direction, lambda bent=bent: bent), (name, n, result.shape)
     assert "saccade" not in convolutions.ConvWork(work.case, "cpu", frozenset({"saccade"})).offers(direction)
 
@@ -91,7 +99,7 @@ def test_options_are_right(option: dict[str, Any], direction: str) -> None:
     work = graph.GraphWork(GraphCase("small", "power-law", 1500, 2, 16, **option), "cpu")
     columns = work.case.describe()
     assert (columns["dropout_p"], columns["bias"]) == (option.get("dropout_p", 0), "edge_bias" in option)
-    assert ("Causal" in str(columns["mask"])) == ("causal" in option)
+    assert ("Band" in str(columns["mask"])) == ("causal" in option)
     offers = work.offers(direction)
     assert set(offers) == {"saccade", "saccade-plain", "pyg"}
     for name, call in offers.items():

@@ -4,8 +4,6 @@ instructions: their products have a kernel for each number of heads and of vecto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import saccade
 import torch
@@ -13,15 +11,7 @@ from saccade import Graph, ops
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not ops.LOADED, reason="the operator library is not built")
-SETS = [name for name in torch.ops.saccade.cpu_isa("").split()[1:] if "bf16" not in name and name != "amx"]
 NODES, EDGES = 90, 403  # no multiple of the edges that are taken together
-
-
-@pytest.fixture(params=SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    torch.ops.saccade.cpu_isa(request.param)
-    yield request.param
-    torch.ops.saccade.cpu_isa("best")
 
 
 def joined(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -54,14 +44,14 @@ def check(inputs: list[Tensor], mask: Graph, bound: float) -> None:
 
 @pytest.mark.parametrize("dim", [4, 8, 16, 32, 64, 128, 144])
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 16, 32])
-def test_heads_side_by_side(isa: str, heads: int, dim: int) -> None:
+def test_heads_side_by_side(vector_isa: str, heads: int, dim: int) -> None:
     for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
         check([joined(heads, dim, dtype) for _ in range(3)], graph(), bound)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("features", [8, 16, 32])
-def test_features_of_whole_vectors(isa: str, heads: int, features: int) -> None:
+def test_features_of_whole_vectors(vector_isa: str, heads: int, features: int) -> None:
     """The last edges of an item, fewer than are taken together, leave the others' features alone."""
     terms = [torch.randn(EDGES, features), torch.randn(heads, 16, features)]
     check([*(joined(heads, 16, torch.float32) for _ in range(3)), *terms], graph(), 1e-4)

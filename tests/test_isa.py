@@ -6,7 +6,6 @@ import functools
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 import saccade
@@ -15,7 +14,6 @@ from saccade import Causal, Graph, KeyPadding, Window, ops
 from saccade.testing import Shape, check_attention, make_inputs
 
 pytestmark = pytest.mark.skipif(not ops.LOADED, reason="the operator library is not built")
-SETS = torch.ops.saccade.cpu_isa("").split()[1:] if ops.LOADED else []
 
 # Odd sizes: tails of every vector width, of matrix tiles (16 rows, 32 columns), of blocks of 64 and 128.
 SHAPES = [
@@ -24,13 +22,6 @@ SHAPES = [
     Shape(1, 2, 2, 70, 131, 48, 33),
     Shape(1, 2, 1, 130, 200, 64, 64),
 ]
-
-
-@pytest.fixture(params=SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    torch.ops.saccade.cpu_isa(request.param)
-    yield request.param
-    torch.ops.saccade.cpu_isa("best")
 
 
 def _dtypes(isa: str) -> list[torch.dtype]:
@@ -142,6 +133,7 @@ ASKING = {
     "products of any rows": "pair_dots",
     "sums of values": "sum_values|gather_forward_item",
     "sums by column": "add_rows|gather_columns_item",
+    "features": "gather_joint_item",
 }
 
 

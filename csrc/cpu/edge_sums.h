@@ -6,8 +6,8 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
-// sum + w * row; unless all edges are live, sum where w is 0: what stands in the row, NaN perhaps, is not
-// read.
+// sum + w * row; unless all edges are live, sum where w is 0: what stands in the row, NaN perhaps, must not
+// reach it.
 template <bool All, typename T>
 SACCADE_FORCE Vec<T> add_edge(Vec<T> sum, T w, Vec<T> row) {
   const Vec<T> weight = splat<T>(w), more = sum + weight * row;

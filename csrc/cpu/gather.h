@@ -154,7 +154,8 @@ struct EdgeGroup {
 
   int64_t key(int64_t e) const { return p->indices[begin + e]; }
   int64_t id(int64_t e) const { return edge_id(*p, begin + e); }
-  int64_t more() const { return min64(kEdgeLanes, p->edges - begin - n); }  // edges behind them
+  // How many of them have an edge kEdgeLanes behind.
+  int64_t ahead() const { return max64(0, min64(n, p->edges - begin - kEdgeLanes)); }
   // Up to `most` of them from `at` on.
   EdgeGroup part(int64_t at, int64_t most) const {
     return {p, b, begin + at, min64(most, n - at), rows + at};

@@ -108,7 +108,7 @@ struct ColumnPass {
   const GatherParams& p;
   HeadLanes<T> heads;
   T *own, *key_rows, *pairs;  // the last [kEdgeLanes][2][pitch]
-  HeadRows<T> keys{};         // of the additive scores, as is what follows
+  HeadRows<T> keys{};         // of additive scores without slopes, as is `joint`
   JointFeatures<T> joint;
   int64_t ldk, ldv;
   bool live, far;
@@ -116,7 +116,7 @@ struct ColumnPass {
   ColumnPass(const GatherParams& params, Arena& a)
       : p(params),
         heads(params),
-        joint(params, a, kEdgeLanes),
+        joint(params, a, params.score == Score::kAdditive ? kEdgeLanes : 0),
         live(all_edges_live(params)),
         far(rows_outgrow(kNearBytes, params, params.seqlen_q, params.heads)) {
     ldk = round_up(p.head_dim, kLanes<T>);
@@ -129,19 +129,19 @@ struct ColumnPass {
   // The edges of one piece join the sums of their key: dK of all heads, dV, or both.
   template <int64_t Needs>
   void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dk, T* dv) {
-    if (Needs & kNeedK && p.score == Score::kAdditive)
+    if (Needs & kNeedK && p.score != Score::kDot && !numbers.slopes.kept)
       keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
     if (piece.begin == piece.end) {
       if (Needs & kNeedK) memset(dk, 0, size_t(p.heads_k * ldk) * sizeof(T));
       if (Needs & kNeedV) memset(dv, 0, size_t(p.heads_k * ldv) * sizeof(T));
     }
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      collect(b, at, min64(kEdgeLanes, piece.end - at), numbers);
+      collect(b, at, min64(kEdgeLanes, piece.end - at), numbers, Needs & kNeedK && numbers.slopes.kept);
       if constexpr (Needs & kNeedK) {
         const T* grads = pairs + heads.pitch;
         if (p.score == Score::kDot)
           add_rows(b, at, piece, p.q, p.head_dim, grads, dk, ldk);
-        else if (numbers.slopes.base)
+        else if (numbers.slopes.kept)
           add_slopes(b, at, piece, numbers.slopes, grads, dk);
         else
           add_additive(b, at, piece, grads, dk);
@@ -153,7 +153,7 @@ struct ColumnPass {
  private:
   // The numbers of these edges side by side; those of the next are asked for. Each edge's last vector may
   // reach into the next edge, which is written after it.
-  SACCADE_APART void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers) {
+  SACCADE_APART void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers, bool slopes) {
     const int64_t step = 2 * heads.pitch, ahead = min64(n, p.edges - at - kEdgeLanes);
     for (int64_t e = 0; e < n; ++e) {
       const T* from = numbers.of(b, p.t_edges[at + e]);
@@ -162,7 +162,7 @@ struct ColumnPass {
     for (int64_t e = 0; e < ahead; ++e) {
       const int64_t edge = p.t_edges[at + kEdgeLanes + e];
       prefetch(numbers.of(b, edge));
-      if (numbers.slopes.base) prefetch(numbers.slopes.of(b, edge));
+      if (slopes) prefetch(numbers.slopes.of(b, edge));
     }
   }
   // sums[k] += the edges' rows of x, of every head of key head k, by their weights; a head's first rows are
@@ -177,7 +177,7 @@ struct ColumnPass {
   }
   void add_slopes(int64_t b, int64_t at, RowSplit::Piece piece, const Slopes<T>& all, const T* grads, T* dk) {
     const int64_t n = min64(kEdgeLanes, piece.end - at);
-    const LaneBits<T>* slopes[kEdgeLanes];
+    const MaskBits<T>* slopes[kEdgeLanes];
     for (int64_t e = 0; e < n; ++e) slopes[e] = all.of(b, p.t_edges[at + e]);
     for (int64_t h = 0; h < p.heads; ++h)
       all.add(p, h, slopes, n, at == piece.begin && heads.opens(h), dk + heads.key(h) * ldk, grads + h,
@@ -188,8 +188,9 @@ struct ColumnPass {
     const EdgeRows<S> queries(p.q, b, p.t_rows + at, n);
     const RowsAhead ask(far, p.q, b, p.heads, p.head_dim, p.t_rows, at, n, p.edges);
     for (int64_t e = 0; e < ask.n; ++e) ask(e);
-    const JointRows<T> own = joint.join(same_rows(keys), heads.group, n, min64(kEdgeLanes, p.edges - at - n),
-                                        [&](int64_t e) { return edge_id(p, p.t_edges[at + e]); });
+    const JointRows<T> own =
+        joint.join(same_rows(keys), heads.group, n, max64(0, min64(n, p.edges - at - kEdgeLanes)),
+                   [&](int64_t e) { return edge_id(p, p.t_edges[at + e]); });
     for (int64_t h = 0; h < p.heads; ++h)
       additive_edge_gradient<T, S>(p, h, own, queries, h, n, at == piece.begin && heads.opens(h),
                                    dk + heads.key(h) * ldk, nullptr, grads + h, 2 * heads.pitch);

@@ -1,5 +1,5 @@
-// Edge features that join an additive score, w . phi(q + k + W e): W e is formed anew wherever it is needed,
-// 16 edges at a time, and never held for all edges.
+// Edge features that join an additive score, w . phi(q + k + W e): W e is formed 16 edges at a time, and kept
+// for a block of rows at most.
 #pragma once
 #include "edge_features.h"
 
@@ -22,9 +22,9 @@ struct JointFeatures {
   T *weights, *rows;              // [De][H][ld], [edges][H][ld]
   FeatureReader<T> features;
 
-  // Room for the rows of so many edges.
+  // Room for the rows of so many edges; none: it joins nothing.
   JointFeatures(const GatherParams& p, Arena& a, int64_t edges)
-      : dim(p.joint_dim),
+      : dim(edges ? p.joint_dim : 0),
         ld(round_up(p.head_dim, kLanes<T>)),
         heads(p.heads),
         width(heads * ld),
@@ -41,13 +41,14 @@ struct JointFeatures {
       }
   }
 
-  // own_e[h / group] + W[h] e of n edges, the e-th of which the user numbers id(e), and `more` follow; kept
-  // from `place` on.
+  // own_e[h / group] + W[h] e of n edges, numbers and `ahead` as FeatureReader has them; kept from `place`
+  // on.
   template <typename Id>
-  JointRows<T> join(const OwnRows<T>& own, int64_t group, int64_t n, int64_t more, Id id, int64_t place = 0) {
+  JointRows<T> join(const OwnRows<T>& own, int64_t group, int64_t n, int64_t ahead, Id id,
+                    int64_t place = 0) {
     if (!dim) return {own, group};
     constexpr int64_t L = kLanes<T>;
-    features.read(n, more, id);
+    features.read(n, ahead, id);
     const JointRows<T> from{own, group};
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t d = 0; d < ld; d += 2 * L)

@@ -11,14 +11,14 @@ namespace {
 // receives where q + k > 0.
 template <typename T, typename S>
 SACCADE_FORCE Vec<T> additive_part(const GatherParams& p, const T* w, const T* q, const S* k,
-                                   LaneBits<T>* slopes) {
+                                   MaskBits<T>* slopes) {
   constexpr int L = kLanes<T>;
   Vec<T> sum{};
   for (int64_t c = 0; c < p.head_dim; c += L) {
     const int64_t width = min64(L, p.head_dim - c);
     const Vec<T> x = load(q + c) + (width == L ? load_as<T>(k + c) : load_part<T>(k + c, width));
     sum += (width == L ? load(w + c) : load_part<T>(w + c, width)) * phi_of<T>(p, x);
-    if (slopes) slopes[c / L] = lane_bits<T>(x > T(0));
+    if (slopes) slopes[c / L] = pack_mask<T>(x > T(0));
   }
   return sum;
 }
@@ -55,7 +55,7 @@ struct GatherScratch {
     memset(parts, 0, size_t(heads.lanes()) * sizeof(Vec<T>));
   }
   void read_features(const EdgeGroup& g) {
-    if (g.p->edge_dim) features.read(g.n, g.more(), [&](int64_t e) { return g.id(e); });
+    if (g.p->edge_dim) features.read(g.n, g.ahead(), [&](int64_t e) { return g.id(e); });
   }
   // to[pair] += x[h] . features of the edge.
   void add_feature_dots(const GatherParams& p, const OwnRows<T>& x, int64_t n, T* to) {
@@ -91,9 +91,9 @@ static void mask_edges(const GatherParams& p, const EdgeGroup& g, int64_t pitch,
 // What the backward keeps of some edges' logits; null where it does not.
 template <typename T>
 struct LogitNotes {
-  T* cap = nullptr;  // as in finish_logits
-  LaneBits<T>* slopes = nullptr;
-  int64_t place = 0;  // of the joined rows
+  T* cap = nullptr;  // as in finish_logits; read with a softcap only
+  const Slopes<T>* slopes = nullptr;
+  int64_t place = 0;  // where the joined rows are kept
 };
 
 // Natural logits of up to kEdgeLanes edges, whose features were read; -inf where an edge is masked or beyond
@@ -104,7 +104,7 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, GatherScratch
   constexpr int L = kLanes<T>;
   const HeadLanes<T>& heads = w.heads;
   const EdgeRows<S> keys(p.k, g.b, p.indices + g.begin, g.n);
-  // Additive scores take long: what follows them would wait.
+  // Products read ahead by themselves; additive scores take too long for that.
   const RowsAhead ask(p.score == Score::kDot ? w.beyond : w.far, p.k, g.b, p.heads_k, p.head_dim, p.indices,
                       g.begin, g.n, p.edges);
   w.read_q.read(p.q, g.b, g.rows, g.n, w.q);
@@ -117,14 +117,13 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, GatherScratch
   } else {
     const T* weight = static_cast<const T*>(p.weight);
     const JointRows<T> own =
-        w.joint.join(w.q, 1, g.n, g.more(), [&](int64_t e) { return g.id(e); }, notes.place);
-    const int64_t vectors = (p.head_dim + L - 1) / L;
+        w.joint.join(w.q, 1, g.n, g.ahead(), [&](int64_t e) { return g.id(e); }, notes.place);
     pair_sums(heads, g.n, w.parts, to, [&](int64_t e, Vec<T>* into) {
       ask(e);
       for (int64_t h = 0; h < p.heads; ++h)
         into[h] = additive_part<T, S>(p, weight + h * p.head_dim, own.of(e, h),
                                       keys.at[e] + heads.key(h) * keys.head,
-                                      notes.slopes ? notes.slopes + (e * p.heads + h) * vectors : nullptr);
+                                      notes.slopes ? notes.slopes->of(g.b, g.begin + e, h) : nullptr);
     });
   }
   const int64_t pairs = g.n * heads.pitch;
@@ -147,21 +146,19 @@ static void edge_logits(const GatherParams& p, const EdgeGroup& g, GatherScratch
 // x[pair] *= 0 where dropout drops the pair, 1 / (1 - p) elsewhere.
 template <typename T>
 static void drop_edges(const GatherParams& p, const EdgeGroup& g, int64_t pitch, T* x) {
-  using Factors = typename DropoutFactors<T>::Factors;
   const DropoutFactors<T> factors(p.seed, p.dropout_p);
-  const int64_t edges = pitch < kWordLanes ? kWordLanes / pitch : 1, step = max64(pitch, kWordLanes);
+  const int64_t edges = max64(1, kWordLanes / pitch), step = max64(pitch, kWordLanes);
   for (int64_t e0 = 0; e0 < g.n; e0 += edges, x += step) {
     Words key, row, head;
     for (int64_t l = 0; l < kWordLanes; ++l) {
-      const int64_t e = min64(e0 + (edges == 1 ? 0 : l / pitch), g.n - 1);
+      const int64_t e = min64(e0 + l / pitch, g.n - 1);
       key[l] = uint64_t(g.key(e)), row[l] = uint64_t(g.rows[e]), head[l] = uint64_t(l % pitch);
     }
     for (int64_t h = 0; h < step; h += kWordLanes, head += kWordLanes) {
       Words c[4];
       factors.draw(key >> 3, row, head, g.b, c);
       const Words low = (key & 2) != 0 ? c[1] : c[0], high = (key & 2) != 0 ? c[3] : c[2];
-      const Factors z = factors.of((key & 4) != 0 ? high : low, key) * load_vector<Factors>(x + h);
-      memcpy(x + h, &z, sizeof z);
+      factors.multiply((key & 4) != 0 ? high : low, key, x + h);
     }
   }
 }

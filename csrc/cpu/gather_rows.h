@@ -1,7 +1,7 @@
 // The half of the gather body's backward that walks over rows: dQ, and what each edge and head leaves for the
 // other half, its weight and score gradient.
 #pragma once
-#include "gather_edges.h"
+#include "gather_joint_gradients.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -67,7 +67,7 @@ struct RowPass {
     const int64_t pairs = w.heads.size(kBlockEdges) + kLanes<T>;
     each.heads_k = p.heads, each.group = 1;
     ldq = round_up(p.head_dim, kLanes<T>);
-    q_rows = a.take<T>(p.heads * max64(ldq, w.lde));
+    q_rows = a.take<T>(p.heads * ldq);
     own = a.take<T>(EdgeNumbers<T>::piece_size(p));
     nothing = a.take<T>(EdgeNumbers<T>::piece_size(p));
     T** const arrays[] = {&lse, &low, &delta, &s, &dP, &high_of, &low_of, &delta_of};
@@ -98,20 +98,22 @@ struct RowPass {
     const HeadLanes<T>& heads = w.heads;
     const int64_t pairs = block.n * heads.pitch;
     const EdgeGroup all = edges(b);
-    if (is_softmax(p)) prepare(b);
+    if (is_softmax(p)) find_lse(b);
     if (w.far) copy_numbers(dP, to.of(b, block.begin), pairs);
     for (int64_t at = 0; at < block.n; at += kEdgeLanes) {
       const EdgeGroup g = all.part(at, kEdgeLanes);
       w.read_features(g);
       if (!w.far) value_dots(g, dP + at * heads.pitch);
       edge_logits<T, S>(p, g, w, s + at * heads.pitch,
-                        {cap + at * heads.pitch, to.slopes.base ? to.slopes.of(b, g.begin) : nullptr, at});
+                        {cap + at * heads.pitch, to.slopes.kept ? &to.slopes : nullptr, at});
     }
     if (p.dropout_p > 0) {
       for (int64_t c = 0; c < heads.size(block.n); ++c) drop[c] = T(1);
       drop_edges(p, all, heads.pitch, drop);
     }
-    weigh(heads.size(block.n));
+    find_weights(heads.size(block.n));
+    if (is_softmax(p)) find_delta(b);
+    find_gradients(heads.size(block.n));
     copy_numbers(to.of(b, block.begin), numbers, 2 * pairs);
     if (p.needs & kNeedEdgeBias)
       copy_numbers(to.logit + (b * p.edges + block.begin) * heads.pitch, dP, pairs);
@@ -148,36 +150,47 @@ struct RowPass {
   }
 
  private:
-  // What belongs to the rows as wholes, run by run, and again edge by edge.
-  void prepare(int64_t b) {
-    const HeadLanes<T>& heads = w.heads;
-    const int64_t pitch = heads.pitch;
-    for (int64_t at = 0; at < block.runs; at += kEdgeLanes) {
-      const int64_t n = min64(kEdgeLanes, block.runs - at);
-      T* const to = delta + at * pitch;
-      read_dout.read(p.dout, b, block.row + at, n, dout);
-      const EdgeRows<S> out(p.out, b, block.row + at, n);
-      const RowLines lines(p.out, b, p.heads, p.head_dim_v);
-      for (int64_t e = 0; w.own_beyond && e < n; ++e) lines.ask(block.row[at + e] + kRowsAhead);
-      pair_dots<T, S>(each, dout, out, n, p.head_dim_v, RowsAhead(), w.parts, to);
-      if (!p.edge_dim) continue;
-      read_dout_edge.read(p.dout_edge, b, block.row + at, n, dout_edge);
-      const EdgeRows<S> out_edge(p.out_edge, b, block.row + at, n);
-      pair_dots<T, S>(each, dout_edge, out_edge, n, p.edge_dim, RowsAhead(), w.parts, w.extra);
-      for (int64_t c = 0; c < heads.size(n); c += kLanes<T>) store(to + c, load(to + c) + load(w.extra + c));
-    }
+  int64_t first_edge(int64_t r) const { return r ? block.end[r - 1] : 0; }
+
+  // The lse of each run's row, for its edges.
+  void find_lse(int64_t b) {
+    const int64_t pitch = w.heads.pitch;
     for (int64_t r = 0; r < block.runs; ++r)
       for (int64_t h = 0; h < p.heads; ++h) {
-        const int64_t at = b * p.lse_batch + h * p.lse_head + block.row[r], x = r * pitch + h;
-        weight_of.split(p.lse[at], lse[x], low[x]);
-        if (p.dlse) delta[x] -= T(p.dlse[at]);
+        const int64_t x = r * pitch + h;
+        weight_of.split(p.lse[b * p.lse_batch + h * p.lse_head + block.row[r]], lse[x], low[x]);
       }
     for (int64_t r = 0; r < block.runs; ++r) {
-      const int64_t begin = r ? block.end[r - 1] : 0;
-      spread(lse + r * pitch, begin, block.end[r], high_of);
-      spread(low + r * pitch, begin, block.end[r], low_of);
-      spread(delta + r * pitch, begin, block.end[r], delta_of);
+      spread(lse + r * pitch, first_edge(r), block.end[r], high_of);
+      spread(low + r * pitch, first_edge(r), block.end[r], low_of);
     }
+  }
+  // delta = sum_e P_e dP_e of each run's row, less dlse, for its edges. Where the block has the whole row it
+  // is formed from the numbers at hand: small rows' gradients cancel exactly as they should, whatever
+  // rounding befell the output. Otherwise it is dout . out.
+  void find_delta(int64_t b) {
+    const HeadLanes<T>& heads = w.heads;
+    const int64_t pitch = heads.pitch;
+    for (int64_t r = 0; r < block.runs; ++r) {
+      const RowSplit::Piece& run = block.piece[r];
+      const int64_t at = first_edge(r) * pitch;
+      if (run.begin == p.indptr[run.row] && run.end == p.indptr[run.row + 1])
+        row_products(heads, (run.end - run.begin) * pitch, s + at, dP + at, delta + r * pitch);
+      else
+        output_products(b, block.row + r, delta + r * pitch);
+      for (int64_t h = 0; p.dlse && h < p.heads; ++h)
+        delta[r * pitch + h] -= T(p.dlse[b * p.lse_batch + h * p.lse_head + run.row]);
+    }
+    for (int64_t r = 0; r < block.runs; ++r) spread(delta + r * pitch, first_edge(r), block.end[r], delta_of);
+  }
+  // to[h] = dout . out of a row.
+  void output_products(int64_t b, const int32_t* row, T* to) {
+    read_dout.read(p.dout, b, row, 1, dout);
+    pair_dots<T, S>(each, dout, {p.out, b, row, 1}, 1, p.head_dim_v, RowsAhead(), w.parts, to);
+    if (!p.edge_dim) return;
+    read_dout_edge.read(p.dout_edge, b, row, 1, dout_edge);
+    pair_dots<T, S>(each, dout_edge, {p.out_edge, b, row, 1}, 1, p.edge_dim, RowsAhead(), w.parts, w.extra);
+    for (int64_t h = 0; h < p.heads; ++h) to[h] += w.extra[h];
   }
   // The numbers of a run's heads, to each of its edges; the last vector may reach too far, where the next run
   // writes again.
@@ -202,26 +215,30 @@ struct RowPass {
     read_dout_edge.read(p.dout_edge, g.b, g.rows, g.n, dout_edge);
     w.add_feature_dots(p, dout_edge, g.n, to);
   }
-  // From logits and dP: weights after dropout and gradients of the bare score, edge by edge, into `numbers`;
-  // dP becomes the gradient of the logit. Exactly 0 where an edge is masked.
-  void weigh(int64_t size) {
+  // Logits become weights before dropout, exactly 0 where an edge is masked, and dP their gradients.
+  void find_weights(int64_t size) {
+    for (int64_t c = 0; c < size; c += kLanes<T>) {
+      const Vec<T> logit = load(s + c);
+      const Vec<T> weight = is_softmax(p) ? weight_of(logit, load(high_of + c), load(low_of + c))
+                                          : activate<T>(p.activation, logit);
+      store(s + c, logit == -kInf<T> ? Vec<T>{} : weight);
+      if (p.dropout_p > 0) store(dP + c, load(dP + c) * load(drop + c));
+    }
+  }
+  // From these: weights after dropout and gradients of the bare score, edge by edge, into `numbers`; dP
+  // becomes the gradient of the logit. Exactly 0 where a weight is.
+  void find_gradients(int64_t size) {
     constexpr int L = kLanes<T>;
     const int64_t pitch = w.heads.pitch;
     const Vec<T> none{};
     for (int64_t c = 0; c < size; c += L) {
-      const Vec<T> logit = load(s + c);
-      Vec<T> d = load(dP + c), weight, grad;
-      if (p.dropout_p > 0) d = d * load(drop + c);
-      if (is_softmax(p)) {
-        weight = weight_of(logit, load(high_of + c), load(low_of + c));
-        grad = weight * (d - load(delta_of + c));
-      } else {
-        weight = activate<T>(p.activation, logit);
-        grad = p.activation == Activation::kReLU ? (weight > T(0) ? d : none) : weight * (T(1) - weight) * d;
-      }
+      Vec<T> weight = load(s + c), grad = load(dP + c);
+      if (is_softmax(p))
+        grad = weight * (grad - load(delta_of + c));
+      else if (p.activation == Activation::kSigmoid)
+        grad = weight * (T(1) - weight) * grad;
+      grad = weight == T(0) ? none : grad;
       if (p.dropout_p > 0) weight = weight * load(drop + c);
-      weight = logit == -kInf<T> ? none : weight;
-      grad = logit == -kInf<T> ? none : grad;
       store(dP + c, grad);
       Vec<T> raw = grad * T(p.scale);
       if (p.softcap != 0) {

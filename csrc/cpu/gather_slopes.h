@@ -1,5 +1,5 @@
-// The slopes of GATv2's scores. leaky_relu has one of two: a bit for each number of q + k + W e, found with
-// the logits, spares the passes behind q, k and W e.
+// The slopes of GATv2's scores. leaky_relu has one of two: with a bit for each number of q + k + W e, kept
+// when the logits are formed, dK and the features' gradients need not form it again.
 #pragma once
 #include "gather_joint.h"
 
@@ -9,17 +9,20 @@ namespace {
 
 template <typename T>
 struct Slopes {
-  using Bits = LaneBits<T>;
-  Bits* base = nullptr;  // [B][E][H][vectors of head_dim]; null for other scores
+  using Bits = MaskBits<T>;
+  Bits* base = nullptr;  // [B][E][H][vectors of head_dim]
   int64_t edges, heads, vectors;
+  bool kept;
 
   Slopes(const GatherParams& p, Arena& a)
       : edges(p.edges), heads(p.heads), vectors((p.head_dim + kLanes<T> - 1) / kLanes<T>) {
-    if (kept(p)) base = a.take<Bits>(p.batch * edges * heads * vectors);
+    kept = p.score == Score::kGATv2 && p.needs & (kNeedK | kNeedEdgeQ | kNeedEdgeX);
+    if (kept) base = a.take<Bits>(p.batch * edges * heads * vectors);
   }
-  static bool kept(const GatherParams& p) { return p.score == Score::kGATv2; }
-  // The bits of an edge, head by head.
-  Bits* of(int64_t b, int64_t edge) const { return base + (b * edges + edge) * heads * vectors; }
+  // The bits of an edge from head h on.
+  Bits* of(int64_t b, int64_t edge, int64_t h = 0) const {
+    return base + ((b * edges + edge) * heads + h) * vectors;
+  }
 
   // The gradient of head h's w . phi towards what phi is taken of, of one edge or summed over n of them:
   // y += sum_e g_e w phi'(x_e), or y = where it is fresh. g_e = g[e * pitch], slopes[e] = of(edge e).
@@ -33,7 +36,7 @@ struct Slopes {
     for (int64_t v = 0; v < vectors; ++v) {
       Vec<T> upper{};  // where x > 0
       for (int64_t e = 0; e < n; ++e)
-        upper += bit_lanes<T>(slopes[e][h * vectors + v]) ? splat<T>(g[e * pitch]) : Vec<T>{};
+        upper += unpack_mask<T>(slopes[e][h * vectors + v]) ? splat<T>(g[e * pitch]) : Vec<T>{};
       const int64_t width = min64(L, p.head_dim - v * L);
       const Vec<T> weight = width == L ? load(w + v * L) : load_part<T>(w + v * L, width);
       const Vec<T> sum = weight * (low * all + more * upper);

@@ -63,6 +63,26 @@ static void row_softmax(const HeadLanes<T>& heads, int64_t size, const T* logits
   }
 }
 
+// The sums of a row's products a * b by head, to as many lanes as heads fill or a vector has. Where a is 0,
+// b, NaN perhaps, does not count.
+template <typename T>
+static void row_products(const HeadLanes<T>& heads, int64_t size, const T* a, const T* b, T* to) {
+  constexpr int L = kLanes<T>;
+  const int64_t step = heads.lanes(), rest = size % L;
+  const VecI<T> inside = iota<T>() < typename VecOf<T>::Int(rest);
+  const auto add = [](Vec<T> x, Vec<T> y) { return x + y; };
+  const auto product = [](Vec<T> x, Vec<T> y) { return x == T(0) ? Vec<T>{} : x * y; };
+  for (int64_t c = 0; c < step; c += L) {
+    Vec<T> sum{};
+    for (int64_t x = c; x + L <= size; x += step) sum += product(load(a + x), load(b + x));
+    if (step == L && rest) {  // otherwise an edge's numbers are whole vectors
+      const Vec<T> last = product(load(a + size - rest), load(b + size - rest));
+      sum += inside ? last : Vec<T>{};
+    }
+    store(to + c, fold_heads<T>(sum, heads.pitch, add));
+  }
+}
+
 // lse = top + log(sum), the logarithms of many rows together: one alone fills no vector and waits for itself.
 template <typename T>
 class Logarithms {

@@ -211,18 +211,17 @@ SACCADE_FORCE bool may_hold_dead(const Params& p, const QueryBlock& q, const Key
 // Z[j][i] = 0 where dropout drops the pair, 1 / (1 - p) elsewhere.
 template <typename T>
 static void dropout_tile(const Params& p, const QueryBlock& q, const KeyTile& t, T* Z) {
+  static_assert(kLanes<T> % kWordLanes == 0, "a block's lanes, whole vectors, are whole vectors of words");
   const DropoutFactors<T> factors(p.seed, p.dropout_p);
   Words row;
   for (int64_t l = 0; l < kWordLanes; ++l) row[l] = uint64_t(q.i0 + l);
   for (int64_t i0 = 0; i0 < q.lanes; i0 += kWordLanes, row += kWordLanes)
     for (int64_t group = t.j0 >> 3; group <= (t.j0 + t.n - 1) >> 3; ++group) {
       Words c[4];
-      factors.draw(word(uint64_t(group)), row, word(uint64_t(q.h)), q.b, c);
+      factors.draw(splat_word(uint64_t(group)), row, splat_word(uint64_t(q.h)), q.b, c);
       const int64_t end = min64(group * 8 + 8, t.j0 + t.n);
-      for (int64_t j = max64(group * 8, t.j0); j < end; ++j) {
-        const auto z = factors.of(c[(j & 7) >> 1], j);
-        memcpy(Z + (j - t.j0) * q.lanes + i0, &z, sizeof z);
-      }
+      for (int64_t j = max64(group * 8, t.j0); j < end; ++j)
+        factors.write(c[(j & 7) >> 1], j, Z + (j - t.j0) * q.lanes + i0);
     }
 }
 

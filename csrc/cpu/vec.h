@@ -89,27 +89,27 @@ SACCADE_FORCE bool any_lane(I mask) {
   for (uint64_t word : words) any |= word;
   return any != 0;
 }
-// A bit for each lane of a mask, the lowest first; and the mask again.
+// A mask as bits, one for each lane, the lowest first; and the mask again.
 template <typename T>
-using LaneBits = typename VecOf<T>::Bits;
+using MaskBits = typename VecOf<T>::Bits;
 template <typename T>
-SACCADE_FORCE LaneBits<T> lane_bits(VecI<T> mask) {
+SACCADE_FORCE MaskBits<T> pack_mask(VecI<T> mask) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(__m512i(mask));
-  return LaneBits<T>(_mm512_movepi64_mask(__m512i(mask)));
+  return MaskBits<T>(_mm512_movepi64_mask(__m512i(mask)));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return LaneBits<T>(_mm256_movemask_ps(__m256(mask)));
-  return LaneBits<T>(_mm256_movemask_pd(__m256d(mask)));
+  if constexpr (sizeof(T) == 4) return MaskBits<T>(_mm256_movemask_ps(__m256(mask)));
+  return MaskBits<T>(_mm256_movemask_pd(__m256d(mask)));
 #else
   unsigned all = 0;
   for (int l = 0; l < kLanes<T>; ++l) all |= unsigned(mask[l] & 1) << l;
-  return LaneBits<T>(all);
+  return MaskBits<T>(all);
 #endif
 }
 template <typename T>
-SACCADE_FORCE VecI<T> bit_lanes(LaneBits<T> bits) {
+SACCADE_FORCE VecI<T> unpack_mask(MaskBits<T> packed) {
   using Int = typename VecOf<T>::Int;
-  return ((VecI<T>{} + Int(bits)) & (Int(1) << iota<T>())) != 0;
+  return ((VecI<T>{} + Int(packed)) & (Int(1) << iota<T>())) != 0;
 }
 template <typename To, typename From>
 SACCADE_FORCE To bits(From x) {

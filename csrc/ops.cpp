@@ -108,6 +108,36 @@ void gather_backward(StableIValue* stack, uint64_t, uint64_t) {
   call.give_gradients(stack);
 }
 
+// w[h] as Rows: [H, Dy, Dx] of any strides.
+Rows weight_rows(const Tensor& w) {
+  return {const_cast<void*>(w.const_data_ptr()), dtype_of(w), 0, w.stride(0), w.stride(1), w.stride(2)};
+}
+
+void row_map(StableIValue* stack, uint64_t, uint64_t) {
+  Stack s(stack);
+  const Tensor x = s.next<Tensor>(), w = s.next<Tensor>();
+  const OptionalTensor base = s.next<OptionalTensor>();
+  const std::vector<int64_t> order = s.next<std::vector<int64_t>>();
+  RowMapParams p;
+  p.batch = x.size(0), p.heads = x.size(1), p.rows = x.size(2), p.dim_x = x.size(3), p.dim_y = w.size(1);
+  const Tensor y = empty_ordered({p.batch, p.heads, p.rows, p.dim_y}, order, x.scalar_type(), x);
+  p.x = rows_of(x), p.w = weight_rows(w), p.y = rows_of(y);
+  if (base) p.base = rows_of(*base);
+  run(gather_kernels().row_map(p), p);
+  give(stack, 0, y);
+}
+
+void row_outer(StableIValue* stack, uint64_t, uint64_t) {
+  Stack s(stack);
+  const Tensor y = s.next<Tensor>(), x = s.next<Tensor>();
+  RowMapParams p;
+  p.batch = x.size(0), p.heads = x.size(1), p.rows = x.size(2), p.dim_x = x.size(3), p.dim_y = y.size(3);
+  const Tensor dw = empty({p.heads, p.dim_y, p.dim_x}, accumulator(x), x);
+  p.x = rows_of(x), p.y = rows_of(y), p.dw = dw.mutable_data_ptr();
+  run(gather_kernels().row_outer(p), p);
+  give(stack, 0, dw);
+}
+
 // The C++ transcriptions of the mask and of dropout, laid out densely: tests compare them with Mask.keep and
 // saccade.dropout_mask.
 void keep(StableIValue* stack, uint64_t, uint64_t) {
@@ -198,6 +228,8 @@ STABLE_TORCH_LIBRARY(saccade, m) {
       "out_edge, " SACCADE_CALL_ARGS ", " SACCADE_GRAPH_ARGS
       ", Tensor t_indptr, Tensor t_rows, Tensor t_edges, int needs) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
+  m.def("row_map(Tensor x, Tensor w, Tensor? base, int[] out_order) -> Tensor");
+  m.def("row_outer(Tensor y, Tensor x) -> Tensor");
   m.def("forward(" SACCADE_CALL_ARGS ", int[] out_order) -> (Tensor, Tensor)");
   m.def("forward_weights(" SACCADE_CALL_ARGS ", int[] out_order, bool average) -> (Tensor, Tensor, Tensor)");
   m.def("backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " SACCADE_CALL_ARGS
@@ -221,6 +253,8 @@ STABLE_TORCH_LIBRARY_IMPL(saccade, CPU, m) {
   m.impl("forward_weights", &forward_weights);
   m.impl("gather_forward", &gather_forward);
   m.impl("gather_backward", &gather_backward);
+  m.impl("row_map", &row_map);
+  m.impl("row_outer", &row_outer);
   m.impl("keep", &keep);
   m.impl("dropout_mask", &dropout_mask);
 }

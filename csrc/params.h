@@ -121,6 +121,14 @@ struct GatherParams : GradParams {
 };
 enum : int64_t { kNeedEdgeBias = 256, kNeedEdgeQ = 512, kNeedEdgeX = 1024 };
 
+// Linear maps of rows by head, y[b, h, i] = base[b, h, i] + w[h] x[b, h, i], and their gradient towards w,
+// the sum over b and i of y x^T: what features of edges cost for every node.
+struct RowMapParams {
+  Rows x, w, base, y;  // [B, H, N, Dx], [1, H, Dy, Dx], [B, H, N, Dy] or null, [B, H, N, Dy]
+  int64_t batch = 0, heads = 0, rows = 0, dim_x = 0, dim_y = 0;
+  void* dw = nullptr;  // [H, Dy, Dx] accumulator dtype
+};
+
 // One sequence of the batch: its lengths and where its rows begin in a packed tensor.
 struct Sequence {
   int64_t seqlen_q, seqlen_k, q_begin, k_begin;

@@ -157,3 +157,63 @@ def test_gradients_of_small_rows_do_not_keep_the_outputs_rounding(vector_isa: st
         "qk", gradients("cpu", torch.bfloat16), gradients("plain", torch.bfloat16), exact, strict=True
     ):
         assert (ours - right).abs().mean() < 0.7 * (plain - right).abs().mean(), name
+
+
+@pytest.mark.parametrize("slope", [0.2, -3.0, 1e6])
+def test_no_slope_costs_the_others_digits(vector_isa: str, slope: float) -> None:
+    """Where q + k > 0 everywhere, leaky_relu's slope below 0 takes no part."""
+    x = {name: (eighths(1, 2, NODES, 16).abs() + 0.125) for name in "qk"}
+    x |= {"v": torch.randn(1, 2, NODES, 16), "w": torch.randn(2, 16) / 4}
+    x = {name: t.requires_grad_() for name, t in x.items()}
+    mask, found = graph(), []
+    for of in (0.2, slope):
+        out = saccade.attention(x["q"], x["k"], x["v"], mask, score=GATv2(x["w"], of), backend="cpu")
+        found.append([out, *torch.autograd.grad(out.sin().sum(), list(x.values()))])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 348, 9, 26), (1, 1, 93, 9, 15), (1, 1, 5, 33, 40), (1, 4, 2000, 32, 16)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_features_repeat_for_any_number_of_threads(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, heads, n, dim, features = sizes
+    mask = Graph.from_edge_index(torch.randint(n, (2, 3 * n)), n)
+    x = [torch.randn(batch, heads, n, dim) for _ in "qkv"]
+    x += [torch.randn(3 * n, features), torch.randn(heads, dim, features)]
+    x = [t.to(dtype).requires_grad_() for t in x]
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = saccade.attention(*x[:3], mask, edge_attr=(x[3], x[4]), backend="cpu")
+            found.append([out, *torch.autograd.grad(out.sin().sum(), x)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("dims", [(1, 1), (16, 3), (5, 33), (40, 7)])
+def test_maps_of_rows(vector_isa: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """saccade::row_map and row_outer, and what the compiler is told of them."""
+    dim_x, dim_y = dims
+    x = torch.randn(2, 701, 3, dim_x).to(dtype).transpose(1, 2)
+    y, w = torch.randn(2, 3, 701, dim_y).to(dtype), torch.randn(3, dim_x, dim_y).to(dtype).transpose(1, 2)
+    y[:, :, ::5] = 0
+    x[0, 1, 5] = torch.nan
+    base = torch.randn(2, 3, 701, dim_y).to(dtype)
+    got = torch.ops.saccade.row_map(x, w, base, [0, 2, 1, 3])
+    exact = base.double() + x.double() @ w.double().transpose(-1, -2)
+    assert got.transpose(1, 2).is_contiguous() and got.dtype == dtype
+    torch.testing.assert_close(
+        got.double(), exact, atol=1e-4 * DTYPES.get(dtype, 1e3), rtol=0.02, equal_nan=True
+    )
+    dw = torch.ops.saccade.row_outer(y, x)
+    cleaned = x.double().nan_to_num()
+    exact = torch.einsum("bhnc,bhnd->hcd", y.double(), cleaned)
+    torch.testing.assert_close(dw.double(), exact, atol=1e-4 * min(1.0, DTYPES.get(dtype, 1.0)), rtol=1e-5)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.saccade.row_map.default, (x, w, base, [0, 2, 1, 3]), test_utils=tests)
+    torch.library.opcheck(torch.ops.saccade.row_outer.default, (y, x), test_utils=tests)

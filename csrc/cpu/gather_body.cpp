@@ -1,5 +1,6 @@
 // The gather body: graphs in CSR form. Compiled once per instruction set.
 #include "gather_backward.h"
+#include "row_maps.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
@@ -29,11 +30,17 @@ struct Backward {
 };
 Plan<GatherParams> forward(const GatherParams& p) { return by_dtype<Forward>(p); }
 Plan<GatherParams> backward(const GatherParams& p) { return by_dtype<Backward>(p); }
+Plan<RowMapParams> row_map(const RowMapParams& p) {
+  return p.x.dtype == DType::kFloat64 ? row_map_plan<double>(p) : row_map_plan<float>(p);
+}
+Plan<RowMapParams> row_outer(const RowMapParams& p) {
+  return p.x.dtype == DType::kFloat64 ? row_outer_plan<double>(p) : row_outer_plan<float>(p);
+}
 
 }  // namespace
 
 extern const GatherTable gather_kernels;
-const GatherTable gather_kernels{&forward, &backward};
+const GatherTable gather_kernels{&forward, &backward, &row_map, &row_outer};
 
 }  // namespace SACCADE_ISA
 }  // namespace saccade

@@ -30,16 +30,17 @@ struct Slopes {
            const T* g, int64_t pitch) const {
     constexpr int L = kLanes<T>;
     const T* w = static_cast<const T*>(p.weight) + h * p.head_dim;
-    const T low = T(p.slope), more = T(1) - low;
-    T all = T(0);
-    for (int64_t e = 0; e < n; ++e) all += g[e * pitch];
     for (int64_t v = 0; v < vectors; ++v) {
-      Vec<T> upper{};  // where x > 0
-      for (int64_t e = 0; e < n; ++e)
-        upper += unpack_mask<T>(slopes[e][h * vectors + v]) ? splat<T>(g[e * pitch]) : Vec<T>{};
+      Vec<T> upper{}, lower{};  // of edges where x > 0, and of the others
+      for (int64_t e = 0; e < n; ++e) {
+        const VecI<T> above = unpack_mask<T>(slopes[e][h * vectors + v]);
+        const Vec<T> grad = splat<T>(g[e * pitch]);
+        upper += above ? grad : Vec<T>{};
+        lower += above ? Vec<T>{} : grad;
+      }
       const int64_t width = min64(L, p.head_dim - v * L);
       const Vec<T> weight = width == L ? load(w + v * L) : load_part<T>(w + v * L, width);
-      const Vec<T> sum = weight * (low * all + more * upper);
+      const Vec<T> sum = weight * (upper + T(p.slope) * lower);
       store(y + v * L, fresh ? sum : load(y + v * L) + sum);
     }
   }

@@ -35,10 +35,12 @@ struct KernelTable {
   Plan<Params> (*decode)(const Params&);
 };
 
-// The gather body takes every dtype.
+// The gather body and the maps beside it take every dtype.
 struct GatherTable {
   Plan<GatherParams> (*forward)(const GatherParams&);
   Plan<GatherParams> (*backward)(const GatherParams&);
+  Plan<RowMapParams> (*row_map)(const RowMapParams&);
+  Plan<RowMapParams> (*row_outer)(const RowMapParams&);
 };
 
 }  // namespace saccade

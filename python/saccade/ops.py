@@ -50,6 +50,8 @@ _EXPECTED = {
     "gather_forward": f"{_CALL}, {_GRAPH}, int[] out_order",
     "gather_backward": "Tensor dout, Tensor? dlse, Tensor? dout_edge, Tensor out, Tensor lse, "
     f"Tensor out_edge, {_CALL}, {_GRAPH}, Tensor t_indptr, Tensor t_rows, Tensor t_edges, int needs",
+    "row_map": "Tensor x, Tensor w, Tensor? base, int[] out_order",
+    "row_outer": "Tensor y, Tensor x",
     "cpu_isa": "str name",
     "cuda_archs": "",
 }
@@ -129,12 +131,15 @@ def call_arguments(spec: Spec, seed: Tensor | None, body: int) -> tuple[Any, ...
 # is no more than this; kernels written in Python fill what it gives.
 
 
+def _laid_out(like: Tensor, sizes: tuple[int, ...], order: list[int]) -> Tensor:
+    """A dense tensor whose dimensions lie in memory as `order` lists them, the outermost first."""
+    return like.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(len(sizes))])
+
+
 def forward_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, Tensor]:
     """(out, lse) of forward."""
     q, v = args[0], args[2]
-    order = list(args[at["out_order"]])
-    sizes = (*q.shape[:-1], v.shape[-1])
-    out = q.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(q.dim())])
+    out = _laid_out(q, (*q.shape[:-1], v.shape[-1]), list(args[at["out_order"]]))
     packed = args[at["cu_seqlens_q"]] is not None
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:-1]
     has_lse = args[at["activation"]] in NORMALISED
@@ -214,6 +219,14 @@ if LOADED:
     @torch.library.register_fake("saccade::gather_backward")
     def _gather_backward_fake(*args: Any) -> tuple[Tensor, ...]:
         return gather_gradients(args, _GATHER_BACKWARD)
+
+    @torch.library.register_fake("saccade::row_map")
+    def _row_map_fake(x: Tensor, w: Tensor, base: Tensor | None, out_order: list[int]) -> Tensor:
+        return _laid_out(x, (*x.shape[:-1], w.shape[1]), list(out_order))
+
+    @torch.library.register_fake("saccade::row_outer")
+    def _row_outer_fake(y: Tensor, x: Tensor) -> Tensor:
+        return x.new_empty((x.shape[1], y.shape[-1], x.shape[-1]), dtype=accumulator(x.dtype))
 
     @torch.library.register_fake("saccade::weights")
     def _weights_fake(*args: Any) -> Tensor:
@@ -310,6 +323,16 @@ def gather_backward(
     call = call_arguments(spec, seed, GATHER)
     columns = spec.args.graph.columns()
     return invoke("gather_backward", *heads, *tensors, *call, *_edges(spec, edge_terms), *columns, needs)
+
+
+def row_map(x: Tensor, w: Tensor, base: Tensor | None, order: tuple[int, ...]) -> Tensor:
+    """`saccade::row_map`: (base +) w [H, Dy, Dx] times the rows of x [B, H, N, Dx], in x's dtype."""
+    return invoke("row_map", x, w, base, order)
+
+
+def row_outer(y: Tensor, x: Tensor) -> Tensor:
+    """`saccade::row_outer`: the sums of y x^T [H, Dy, Dx] over batch and rows; a row y of zeros adds 0."""
+    return invoke("row_outer", y, x)
 
 
 def _edges(spec: Spec, edge_terms: tuple[Tensor | None, ...]) -> tuple[Any, ...]:

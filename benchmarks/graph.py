@@ -214,7 +214,7 @@ def by_edges(inputs: Inputs, head: int, dtype: torch.dtype, train: bool) -> list
     if inputs.bias is not None:
         logits = logits + inputs.bias.detach()[head, inputs.graph.ids].to(dtype)
     if case.causal:
-        logits = logits.masked_fill(~case.kept().to(q.device), -torch.inf)
+        logits = logits.masked_fill(~case.causal_edges().to(q.device), -torch.inf)
     peak = logits.new_full((n,), -torch.inf).scatter_reduce(0, inputs.targets, logits, "amax")
     powers = torch.exp(logits - torch.where(peak == -torch.inf, 0.0, peak)[inputs.targets])
     sums = powers.new_zeros(n).index_add(0, inputs.targets, powers)

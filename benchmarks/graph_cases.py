@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,10 +33,11 @@ class GraphCase:
     heads: int
     head_dim: int
     dtype: str = "fp32"
+    directions: tuple[str, ...] = (FORWARD, TRAIN)
+    _: KW_ONLY
     dropout_p: float = 0.0
     edge_bias: bool = False  # with its gradient
     causal: bool = False  # of the edges, those from keys up to the query's own place attend
-    directions: tuple[str, ...] = (FORWARD, TRAIN)
 
     def plain(self) -> GraphCase:
         """The same call with nothing but the graph."""
@@ -48,16 +49,15 @@ class GraphCase:
     def mask(self) -> Mask:
         return self.graph() & Causal() if self.causal else self.graph()
 
-    def kept(self) -> Tensor:
-        """[E] bool, of the stored edges: those that attend."""
+    def causal_edges(self) -> Tensor:
+        """[E] bool, of the stored edges: those that `causal` keeps."""
         graph = self.graph()
-        return (
-            graph.indices <= graph.rows if self.causal else torch.ones_like(graph.indices, dtype=torch.bool)
-        )
+        return graph.indices <= graph.rows
 
     def flops(self, direction: str) -> int:
         """Useful operations: q.k and p v of every edge that attends, and five products more backward."""
-        return 2 * int(self.kept().sum()) * self.heads * self.head_dim * (7 if direction == TRAIN else 2)
+        edges = int(self.causal_edges().sum()) if self.causal else self.graph().num_edges
+        return 2 * edges * self.heads * self.head_dim * (7 if direction == TRAIN else 2)
 
     def describe(self) -> dict[str, object]:
         """The columns of a result row that say what was measured. Edges per second are `edges` / `ms`."""

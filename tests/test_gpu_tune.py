@@ -109,11 +109,13 @@ def slow_compiler(key: config.Key, shape: Config) -> None:
 def test_compilers_end_with_the_time(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_compile", slow_compiler)
     said: list[str] = []
-    others = set(multiprocessing.active_children())  # of tests before, in the same process
     began = time.monotonic()
     tune.tune([64], [2], by_warps, said.append, seconds=1, workers=2, check=right)
     assert time.monotonic() - began < 10 and "time is over at forward" in said[-1]
-    assert not set(multiprocessing.active_children()) - others
+    # Whoever waits for a process second, the pool's thread or tune, may see it for a moment after its end.
+    while left := multiprocessing.active_children():
+        assert time.monotonic() - began < 15, left  # they would sleep for 20
+        time.sleep(0.05)
 
 
 def test_the_gpu_is_asked_for_what_nobody_gives(rows: Path) -> None:

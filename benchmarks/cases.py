@@ -113,6 +113,26 @@ def square(name: str, length: int, **options: object) -> Case:
     return Case(name, seqlen_q=length, seqlen_k=length, **options)  # type: ignore[arg-type]
 
 
+def few_queries(name: str, keys: int, queries: int = 1, **options: object) -> Case:
+    """A step of decoding: the last `queries` positions over all keys so far, without gradients."""
+    return Case(name, seqlen_q=queries, seqlen_k=keys, directions=(FORWARD,), **options)  # type: ignore[arg-type]
+
+
+def decoding() -> list[Group]:
+    """Steps of decoding with caches of many lengths, by one sequence and by several."""
+    lengths = [few_queries(f"decode-k{n}", n) for n in (128, 512, 2048, 8192)]
+    others = [
+        few_queries("decode-b8-k128", 128, batch=8),
+        few_queries("decode-b8-k1024", 1024, batch=8),
+        few_queries("decode-k1024-d128", 1024, head_dim=128, head_dim_v=128),
+        few_queries("decode-k2048-grouped", 2048, heads=32, heads_k=8, head_dim=128, head_dim_v=128),
+        few_queries("decode-k1024-4-queries", 1024, 4),
+    ]
+    cases = tuple(lengths + others)
+    low = tuple(replace(c, name=f"{c.name}-bf16", dtype="bf16") for c in cases)
+    return [Group("decode fp32", cases), Group("decode bf16", low)]
+
+
 def models() -> list[Group]:
     """One call with the sizes of a layer of well-known models."""
     gpt2 = square("gpt2-small", 1024, heads=12, heads_k=12, causal=True, flex=True)
@@ -132,16 +152,7 @@ def models() -> list[Group]:
         head_dim_v=128,
         causal=True,
     )
-    decode = Case(
-        "llama-8b-decode",
-        heads=32,
-        heads_k=8,
-        seqlen_q=1,
-        seqlen_k=4096,
-        head_dim=128,
-        head_dim_v=128,
-        directions=(FORWARD,),
-    )
+    decode = few_queries("llama-8b-decode", 4096, heads=32, heads_k=8, head_dim=128, head_dim_v=128)
     molecules = square("molecules-23", 23, batch=64, heads=4, heads_k=4, head_dim=16, head_dim_v=16)
     speech = square("speech-window", 3000, heads=4, heads_k=4, window=(128, 128))
     text = square(

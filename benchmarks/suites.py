@@ -63,12 +63,14 @@ def register(name: str, suite: Suite) -> None:
     SUITES[name] = suite
 
 
-_ATTENTION = (Part(AttentionWork, cases.models), Part(AttentionWork, cases.options))
+_DECODE = Part(AttentionWork, cases.decoding)
+_ATTENTION = (Part(AttentionWork, cases.models), _DECODE, Part(AttentionWork, cases.options))
 _MODULE = Part(ModuleWork, cases.modules)
 _ENCODER = Part(EncoderWork, encoders)
 _SWEEP = (
     Part(AttentionWork, cases.sweep),
     Part(AttentionWork, cases.windows),
+    _DECODE,
     Part(AttentionWork, cases.options),
 )
 

@@ -216,7 +216,6 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "CUDA_ARCHS", ("80",))
     assert cuda.missing() == ["no CUDA device"]
     assert "device cpu, not cuda" in cuda.unsupported(problem_of())
-    assert not cuda.serves_unasked(problem_of())
 
 
 @pytest.mark.skipif(
@@ -244,11 +243,11 @@ def test_reasons_can_be_traced() -> None:
 
     def run(q: Tensor) -> Tensor:
         problem = Problem.of(q, q, q, causal=True)
-        assert not cuda.beyond(problem) and not cuda.serves_unasked(problem)
+        assert not cuda.beyond(problem) and cuda.serves_unasked(problem)
         return saccade.attention(q, q, q, causal=True)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (5, 9):
+    for length in (9, 12):
         q = torch.randn(1, 2, length, 16).bfloat16()
         torch.testing.assert_close(compiled(q), run(q))
 
@@ -299,13 +298,10 @@ def test_a_device_gets_its_kernels(device: int, options: dict[str, Any], expecte
 
 def test_dense_graphs_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless this backend is named, or Triton is missing."""
-    with FakeTensorMode():
-        q = torch.empty(1, 2, 64, 16, dtype=BF16, device="cuda")
     dense, sparse = torch.ones(64, 64).bool(), torch.eye(64).bool()
     for pairs, unasked in ((dense, False), (sparse, True)):
         problem = problem_of(Shape(1, 2, 2, 64, 64, 16, 16), mask=Graph.from_dense(pairs))
         assert not cuda.beyond(problem) and cuda.kernel(problem) == "gather"
-        object.__setattr__(problem, "q", q)  # it says that it lies on a GPU
         monkeypatch.setattr(cuda.ops_triton, "FOUND", True)
         assert cuda.serves_unasked(problem) == unasked
         monkeypatch.setattr(cuda.ops_triton, "FOUND", False)

@@ -1,144 +1,205 @@
 // The decode body: few queries, many keys. Each row of keys and values is read once for all query heads that
-// share it; the lanes run along head_dim. The keys are split into runs whose partial results are merged in
-// order.
+// share it. The keys are split into runs whose partial results are merged in order.
 #pragma once
-#include "tiled_forward.h"
+#include "decode_rows.h"
 
 namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
-constexpr int64_t kDecodeRun = 2048;  // keys per work item
-
-template <typename T>
-struct DecodeBuffers {
-  T *S, *queries, *bias, *alpha, *buffer, *O;
-  char* zeros;  // a row of zeros, in any dtype
-  bool* dead;
-  int64_t ldq, ldo;
-
-  DecodeBuffers(const Params& p, Arena& a) {
-    ldq = round_up(p.head_dim, kLanes<T>);
-    ldo = round_up(p.head_dim_v, kLanes<T>);
-    S = a.take<T>(kBlockN * kBlockM);
-    queries = a.take<T>(p.heads / p.heads_k * kBlockM * ldq);
-    bias = a.take<T>(p.bias ? kBlockN * (kBlockM + kLanes<T>) : 0);
-    alpha = a.take<T>(kBlockM);
-    buffer = a.take<T>(kBlockM * (ldq > ldo ? ldq : ldo));
-    O = a.take<T>(p.head_dim_v * kBlockM);
-    zeros = a.take<char>(ldo * 8);
-    dead = a.take<bool>(kBlockN);
-    if (a.base) memset(zeros, 0, size_t(ldo) * 8);
+// How the keys of a head are split: into enough work items for many threads, of enough keys each.
+struct KeyRuns {
+  static constexpr int64_t kItems = 64, kLeast = 4 * kBlockN;
+  int64_t size, count;
+  explicit KeyRuns(const Params& p) {
+    const int64_t wanted = max64(1, kItems / max64(1, p.batch * p.heads_k));
+    size = max64(kLeast, round_up((p.seqlen_k + wanted - 1) / wanted, kBlockN));
+    count = max64(1, (p.seqlen_k + size - 1) / size);
   }
 };
 
-// Partial result of one query head over one run of keys: m and l per row, then O[row][ldo].
+// The rows of a work item: every query of every head that shares a key head, head by head.
+struct DecodeRows {
+  int64_t group, of_head, count;
+  explicit DecodeRows(const Params& p)
+      : group(p.heads / p.heads_k), of_head(min64(p.seqlen_q, kBlockM)), count(group * of_head) {}
+};
+
+// A run's result: m and l by row, O[row][ldo] unnormalised.
 template <typename T>
-static State<T> decode_state(int64_t index, int64_t ldo, char* workspace) {
-  T* at = reinterpret_cast<T*>(workspace) + index * kBlockM * (ldo + 2);
-  return {at, at + kBlockM, at + 2 * kBlockM};
+static State<T> decode_state(const DecodeRows& rows, T* at) {
+  return {at, at + rows.count, at + 2 * rows.count};
 }
-SACCADE_FORCE int64_t decode_runs(const Params& p) {
-  return max64(1, (p.seqlen_k + kDecodeRun - 1) / kDecodeRun);
+SACCADE_FORCE int64_t decode_state_size(const DecodeRows& rows, int64_t ldo) {
+  return round_up(rows.count * (ldo + 2), 16);
 }
 
-// O[i][c] += sum_j w[j][i] row(j)[c].
-template <typename T, typename Row>
-static void add_values(int64_t rows, int64_t n, int64_t d, const T* w, int64_t lanes, Row row, T* O,
-                       int64_t ldo) {
-  constexpr int L = kLanes<T>, U = 4;
-  for (int64_t i = 0; i < rows; ++i) {
-    T* o = O + i * ldo;
-    int64_t c = 0;
-    for (; c + U * L <= d; c += U * L) {
-      Vec<T> sum[U];
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) sum[u] = load(o + c + u * L);
-      for (int64_t j = 0; j < n; ++j) {
-        const auto* v = row(j) + c;
-        const T weight = w[j * lanes + i];
-#pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) sum[u] += weight * load_as<T>(v + u * L);
-      }
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) store(o + c + u * L, sum[u]);
-    }
-    for (; c < d; c += L) {
-      const int64_t width = min64(L, d - c);
-      Vec<T> sum = load(o + c);
-      for (int64_t j = 0; j < n; ++j)
-        sum += w[j * lanes + i] * (width == L ? load_as<T>(row(j) + c) : load_part<T>(row(j) + c, width));
-      store(o + c, sum);
+template <typename T>
+struct DecodeBuffers {
+  DecodeRows rows;
+  int64_t ldq, ldo, together;  // heads whose rows take a tile at once
+  T *S, *queries, *buffer, *scales, *state;
+  char* zeros;  // a row of zeros, in any dtype
+
+  DecodeBuffers(const Params& p, Arena& a) : rows(p) {
+    ldq = round_up(p.head_dim, kLanes<T>);
+    ldo = round_up(p.head_dim_v, kLanes<T>);
+    together = max64(1, min64(rows.group, kBlockM / max64(1, rows.of_head)));
+    S = a.take<T>(together * rows.of_head * kBlockN);
+    queries = a.take<T>(rows.count * ldq);
+    buffer = a.take<T>(max64(kBlockN, ldq));
+    scales = a.take<T>(kBlockM);
+    state = a.take<T>(decode_state_size(rows, ldo));
+    zeros = a.take<char>(ldo * 8);
+  }
+};
+
+// One key head of one sequence, over a run of its keys.
+template <typename T, typename E>
+struct DecodeRun {
+  const Params& p;
+  DecodeBuffers<T>& w;
+  QueryBlock q;
+  State<T> state;
+  const E *keys[kBlockN], *values[kBlockN], *alive[kBlockN];
+
+  DecodeRun(const Params& params, DecodeBuffers<T>& buffers, int64_t b, int64_t hk, T* at)
+      : p(params),
+        w(buffers),
+        q(query_block<1>(p, b, hk * w.rows.group, 0)),
+        state(decode_state(w.rows, at)) {}
+
+  void clear() {
+    memset(w.zeros, 0, size_t(w.ldo) * 8);
+    for (int64_t r = 0; r < w.rows.count; ++r) state.m[r] = -kInf<T>, state.l[r] = T(0);
+    memset(state.O, 0, size_t(w.rows.count * w.ldo) * sizeof(T));
+    for (int64_t g = 0; g < w.rows.group; ++g)
+      for (int64_t i = 0; i < q.rows; ++i)
+        read_row(w.queries + (g * q.rows + i) * w.ldq, row_at(p.q, q.b, head(g), q.seq.q_begin + i),
+                 p.q.dtype, p.q.col, p.head_dim);
+  }
+  int64_t head(int64_t g) const { return q.hk * w.rows.group + g; }
+
+  void run(Interval keys_of_run) {
+    KeyTiles tiles(p, q, keys_of_run);
+    KeyTile t;
+    while (tiles.next(t)) {
+      find_rows(p.k, t, keys);
+      find_rows(p.v, t, values);
+      for (int64_t g = 0; g < w.rows.group; g += w.together)
+        tile(t, g * q.rows, min64(w.together, w.rows.group - g) * q.rows);
     }
   }
+
+ private:
+  // Where the keys of a tile lie; those up to the end of a vector are the last one again.
+  void find_rows(const Rows& x, const KeyTile& t, const E** at) const {
+    if (scattered(p)) {
+      for (int64_t j = 0; j < t.n; ++j)
+        at[j] = reinterpret_cast<const E*>(cache_row(p, x, q.seq, q.b, q.hk, t.j0 + j));
+    } else {
+      const E* first = reinterpret_cast<const E*>(row_at(x, q.b, q.hk, q.seq.k_begin + t.j0));
+      for (int64_t j = 0; j < t.n; ++j) at[j] = first + j * x.row;
+    }
+    for (int64_t j = t.n; j % kLanes<T>; ++j) at[j] = at[t.n - 1];
+  }
+
+  // The tile against rows [first, first + rows).
+  void tile(const KeyTile& t, int64_t first, int64_t rows) {
+    const int64_t n = round_up(t.n, kLanes<T>);
+    for_row_groups(rows, [&](int64_t r, auto R) {
+      key_dots_of<T, E, R.value>(keys, t.n, p.head_dim, w.queries + (first + r) * w.ldq, w.ldq,
+                                 w.S + r * kBlockN);
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+      T* s = w.S + r * kBlockN;
+      const int64_t i = (first + r) % q.rows;
+      q.h = head((first + r) / q.rows);
+      if (!bare_logits(p)) finish_row<T>(p, q, t, i, s, w.buffer);
+      if (!t.whole) mask_row<T>(p, q, t, i, s);
+      for (int64_t j = t.n; j < n; ++j) s[j] = -kInf<T>;
+    }
+    const E* const* read = may_hold_dead(p, q, t) ? living(t, rows) : values;
+    for (int64_t r = 0; r < rows; ++r) weigh(n, first + r, w.S + r * kBlockN);
+    for_row_groups(rows, [&](int64_t r, auto R) {
+      add_values_of<T, E, R.value>(read, t.n, 0, p.head_dim_v, w.S + r * kBlockN,
+                                   state.O + (first + r) * w.ldo, w.ldo);
+    });
+  }
+
+  // The tile's values, where no row keeps one, zeros: what stands in such a value must not be touched.
+  const E* const* living(const KeyTile& t, int64_t rows) {
+    for (int64_t j = 0; j < t.n; ++j) {
+      bool kept = false;
+      for (int64_t r = 0; r < rows && !kept; ++r) kept = w.S[r * kBlockN + j] != -kInf<T>;
+      alive[j] = kept ? values[j] : reinterpret_cast<const E*>(w.zeros);
+    }
+    return alive;
+  }
+
+  void weigh(int64_t n, int64_t row, T* s) {
+    if (!is_softmax(p)) return activate_tile(p.activation, s, n, T(logit_unit(p)));
+    const T alpha = softmax_row<T>(n, exponent_factor<T>(p), s, state.m[row], state.l[row]);
+    if (alpha == T(1)) return;
+    T* o = state.O + row * w.ldo;
+    for (int64_t c = 0; c < w.ldo; c += kLanes<T>) store(o + c, load(o + c) * alpha);
+  }
+};
+
+// Writes out and lse of a head, from its rows of m, l and O.
+template <typename T>
+static void finish_head(const Params& p, const QueryBlock& q, State<T> s, int64_t ldo, T* scales) {
+  if (is_softmax(p)) finish_sums<T>(p, q, q.rows, s, scales);
+  for (int64_t i = 0; i < q.rows; ++i) {
+    T* o = s.O + i * ldo;
+    if (is_softmax(p))
+      for (int64_t c = 0; c < ldo; c += kLanes<T>) store(o + c, load(o + c) * scales[i]);
+    write_row(row_at(p.out, q.b, q.h, q.seq.q_begin + i), p.out.dtype, p.out.col, o, p.head_dim_v);
+  }
+}
+template <typename T>
+static State<T> head_of(const State<T>& s, int64_t row, int64_t ldo) {
+  return {s.m + row, s.l + row, s.O + row * ldo};
 }
 
-template <typename T, typename S>
+template <typename T, typename E>
 static void decode_item(const Params& p, int64_t item, char* scratch, char* workspace) {
-  const int64_t runs = decode_runs(p), run = item % runs, hk = item / runs % p.heads_k,
-                b = item / runs / p.heads_k;
-  const int64_t group = p.heads / p.heads_k;
+  const KeyRuns runs(p);
+  const int64_t run = item % runs.count, hk = item / runs.count % p.heads_k,
+                b = item / runs.count / p.heads_k;
   Arena arena{scratch};
   DecodeBuffers<T> w(p, arena);
-  const QueryBlock first = query_block<kLanes<T>>(p, b, hk * group, 0);
-  const auto state = [&](int64_t g) {
-    return decode_state<T>(((b * p.heads) + hk * group + g) * runs + run, w.ldo, workspace);
-  };
-  for (int64_t g = 0; g < group; ++g) {
-    QueryBlock q = first;
-    q.h = hk * group + g;
-    const Matrix<T> rows = block_rows<T>(p.q, q, p.head_dim, p.head_dim, w.buffer);
-    for (int64_t i = 0; i < q.rows; ++i)
-      memcpy(w.queries + (g * kBlockM + i) * w.ldq, rows.p + i * rows.ld, size_t(p.head_dim) * sizeof(T));
-    const State<T> s = state(g);
-    for (int64_t i = 0; i < q.lanes; ++i) s.m[i] = -kInf<T>, s.l[i] = T(0);
-    memset(s.O, 0, size_t(q.rows * w.ldo) * sizeof(T));
-  }
-  const S* keys[kBlockN];
-  const S* values[kBlockN];
-  KeyTiles tiles(p, first, {run * kDecodeRun, (run + 1) * kDecodeRun});
-  KeyTile t;
-  while (tiles.next(t)) {
-    for (int64_t j = 0; j < t.n; ++j) {
-      keys[j] = reinterpret_cast<const S*>(cache_row(p, p.k, first.seq, b, hk, t.j0 + j));
-      values[j] = reinterpret_cast<const S*>(cache_row(p, p.v, first.seq, b, hk, t.j0 + j));
-    }
-    for (int64_t g = 0; g < group; ++g) {
-      QueryBlock q = first;
-      q.h = hk * group + g;
-      const State<T> s = state(g);
-      dot_scores<T>(
-          t.n, q.rows, q.lanes, p.head_dim, [&](int64_t j) { return keys[j]; },
-          w.queries + g * kBlockM * w.ldq, w.ldq, w.S);
-      if (!bare_logits(p)) finish_logits<T>(p, q, t, w.S, nullptr, w.bias);
-      if (!t.whole) apply_mask<T>(p, q, t, w.S);
-      const bool some_dead = may_hold_dead(p, q, t) && find_dead<T>(q, t, w.S, w.dead);
-      if (is_softmax(p)) {
-        if (softmax_tile(q, t, w.S, s.m, s.l, w.alpha, exponent_factor<T>(p)))
-          for (int64_t i = 0; i < q.rows; ++i)
-            for (int64_t c = 0; c < w.ldo; c += kLanes<T>)
-              store(s.O + i * w.ldo + c, load(s.O + i * w.ldo + c) * w.alpha[i]);
-      } else {
-        activate_tile(p.activation, w.S, t.n * q.lanes, T(logit_unit(p)));
-      }
-      const S* zeros = reinterpret_cast<const S*>(w.zeros);
-      const auto value = [&](int64_t j) { return some_dead && w.dead[j] ? zeros : values[j]; };
-      add_values<T>(q.rows, t.n, p.head_dim_v, w.S, q.lanes, value, s.O, w.ldo);
-    }
+  T* state =
+      runs.count == 1 ? w.state : reinterpret_cast<T*>(workspace) + item * decode_state_size(w.rows, w.ldo);
+  DecodeRun<T, E> x(p, w, b, hk, state);
+  if (x.q.rows == 0) return;
+  x.clear();
+  x.run({run * runs.size, (run + 1) * runs.size});
+  if (runs.count > 1) return;
+  for (int64_t g = 0; g < w.rows.group; ++g) {
+    x.q.h = x.head(g);
+    finish_head<T>(p, x.q, head_of(x.state, g * x.q.rows, w.ldo), w.ldo, w.scales);
   }
 }
 
+// Joins the runs of a head, in the order of their keys.
 template <typename T>
 static void decode_merge(const Params& p, int64_t item, char* scratch, char* workspace) {
-  const int64_t runs = decode_runs(p), h = item % p.heads, b = item / p.heads, Dv = p.head_dim_v;
-  const QueryBlock q = query_block<kLanes<T>>(p, b, h, 0);
+  const int64_t h = item % p.heads, b = item / p.heads;
+  const QueryBlock q = query_block<1>(p, b, h, 0);
   if (q.rows == 0) return;
   Arena arena{scratch};
   DecodeBuffers<T> w(p, arena);
+  const KeyRuns runs(p);
+  const auto state = [&](int64_t run) {
+    T* at = reinterpret_cast<T*>(workspace) +
+            ((b * p.heads_k + q.hk) * runs.count + run) * decode_state_size(w.rows, w.ldo);
+    return head_of(decode_state(w.rows, at), h % w.rows.group * q.rows, w.ldo);
+  };
   const T factor = exponent_factor<T>(p);
-  const State<T> sum = decode_state<T>(item * runs, w.ldo, workspace);
-  for (int64_t run = 1; run < runs; ++run) {
-    const State<T> part = decode_state<T>(item * runs + run, w.ldo, workspace);
+  const State<T> sum = state(0);
+  for (int64_t run = 1; run < runs.count; ++run) {
+    const State<T> part = state(run);
     for (int64_t i = 0; i < q.rows; ++i) {
       T mine = T(1), its = T(1);
       if (is_softmax(p)) {
@@ -154,20 +215,22 @@ static void decode_merge(const Params& p, int64_t item, char* scratch, char* wor
       }
     }
   }
-  for (int64_t d = 0; d < Dv; ++d)
-    for (int64_t i = 0; i < q.lanes; ++i) w.O[d * q.lanes + i] = i < q.rows ? sum.O[i * w.ldo + d] : T(0);
-  finish_block<T>(p, q, {sum.m, sum.l, w.O}, w.alpha, w.buffer);
+  finish_head<T>(p, q, sum, w.ldo, w.scales);
 }
 
-template <typename T, typename S>
+template <typename T, typename E>
 static Plan<Params> decode_plan_of(const Params& p) {
   Plan<Params> plan;
   Arena arena{nullptr};
   const DecodeBuffers<T> w(p, arena);
+  const KeyRuns runs(p);
   plan.scratch_bytes = arena.used;
-  plan.workspace_bytes = size_t(p.batch * p.heads * decode_runs(p) * kBlockM * (w.ldo + 2)) * sizeof(T);
-  plan.add(p.batch * p.heads_k * decode_runs(p), &decode_item<T, S>);
-  plan.add(p.batch * p.heads, &decode_merge<T>);
+  plan.add(p.batch * p.heads_k * runs.count, &decode_item<T, E>);
+  if (runs.count > 1) {
+    plan.workspace_bytes =
+        size_t(p.batch * p.heads_k * runs.count * decode_state_size(w.rows, w.ldo)) * sizeof(T);
+    plan.add(p.batch * p.heads, &decode_merge<T>);
+  }
   return plan;
 }
 

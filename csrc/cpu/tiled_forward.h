@@ -194,29 +194,35 @@ static void store_transposed(const Rows& x, const QueryBlock& q, const T* O, int
     write_row(base + i * x.row * size_of(x.dtype), x.dtype, x.col, buffer + i * d, d);
 }
 
-// Adds the sink, normalises, writes out and lse.
+// Adds the sink and writes lse; scales[i] is what O of row i is to be multiplied by, for `count` rows or
+// lanes.
 template <typename T>
-static void finish_block(const Params& p, const QueryBlock& q, State<T> s, T* alpha, T* buffer) {
-  if (is_softmax(p)) {
-    // Natural logit = S * unit, with the factor as it was used.
-    const double unit = bare_logits(p) ? double(exponent_factor<T>(p)) * kLn2
-                                       : 1;  // natural logit = S * unit, S times the factor as it was used
-    double* lse = lse_at(p, p.lse, q);
-    double tops[kBlockM], sums[kBlockM], logs[kBlockM];
-    for (int64_t i = 0; i < q.lanes; ++i) {
-      double top = s.m[i] == -kInf<T> ? -kInf<double> : double(s.m[i]) * unit, sum = double(s.l[i]), mine = 1;
-      if (has_sink(p)) {
-        const double sink = double(sink_of<T>(p, q.h)), pivot = top > sink ? top : sink;
-        mine = pivot == -kInf<double> ? 0 : exp(top - pivot);
-        sum = sum * mine + (pivot == -kInf<double> ? 0 : exp(sink - pivot));
-        top = pivot;
-      }
-      alpha[i] = sum == 0 ? T(0) : T(mine / sum);
-      tops[i] = sum == 0 ? -kInf<double> : top;
-      sums[i] = sum == 0 ? 1 : sum;
+static void finish_sums(const Params& p, const QueryBlock& q, int64_t count, const State<T>& s, T* scales) {
+  // Natural logit = S * unit, with the factor as it was used.
+  const double unit = bare_logits(p) ? double(exponent_factor<T>(p)) * kLn2 : 1;
+  double* lse = lse_at(p, p.lse, q);
+  double tops[kBlockM], sums[kBlockM], logs[kBlockM];
+  for (int64_t i = 0; i < count; ++i) {
+    double top = s.m[i] == -kInf<T> ? -kInf<double> : double(s.m[i]) * unit, sum = double(s.l[i]), mine = 1;
+    if (has_sink(p)) {
+      const double sink = double(sink_of<T>(p, q.h)), pivot = top > sink ? top : sink;
+      mine = pivot == -kInf<double> ? 0 : exp(top - pivot);
+      sum = sum * mine + (pivot == -kInf<double> ? 0 : exp(sink - pivot));
+      top = pivot;
     }
-    log_each<T>(sums, logs, q.rows);
-    for (int64_t i = 0; i < q.rows; ++i) lse[i] = tops[i] + logs[i];
+    scales[i] = sum == 0 ? T(0) : T(mine / sum);
+    tops[i] = sum == 0 ? -kInf<double> : top;
+    sums[i] = sum == 0 ? 1 : sum;
+  }
+  log_each<T>(sums, logs, q.rows);
+  for (int64_t i = 0; i < q.rows; ++i) lse[i] = tops[i] + logs[i];
+}
+
+// Normalises, writes out and lse.
+template <typename T>
+static void finish_block(const Params& p, const QueryBlock& q, const State<T>& s, T* alpha, T* buffer) {
+  if (is_softmax(p)) {
+    finish_sums(p, q, q.lanes, s, alpha);
     scale_lanes(s.O, p.head_dim_v, q.lanes, alpha);
   }
   store_transposed(p.out, q, s.O, p.head_dim_v, buffer);

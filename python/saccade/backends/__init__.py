@@ -14,6 +14,9 @@ from . import cpu, cuda, reference, triton
 
 _MODULES: dict[str, ModuleType] = {m.NAME: m for m in (cuda, triton, cpu, reference)}
 NAMES = tuple(_MODULES)
+# By type of device: those that serve its tensors unasked. Triton serves a CPU's in its interpreter, for who
+# names it.
+_UNASKED: dict[str, tuple[ModuleType, ...]] = {"cpu": (cpu, reference), "cuda": (cuda, triton, reference)}
 _REFERENCE_KEYS = 4096
 _warned = False
 
@@ -45,16 +48,14 @@ def choose(problem: Problem, name: str | None = None) -> ModuleType:
         if module.unsupported(problem):
             raise NotImplementedError(_refusal(name, problem))
         return module
-    for module in _MODULES.values():
-        if _serves_unasked(module, problem) and not module.unsupported(problem):
+    for module in _UNASKED.get(problem.q.device.type, (reference,)):
+        if module is cuda and not cuda.serves_unasked(problem):
+            continue
+        if not module.unsupported(problem):
             if module is reference:
                 _warn_of_size(problem)
             return module
     raise NotImplementedError(_refusal(None, problem))
-
-
-def _serves_unasked(module: ModuleType, problem: Problem) -> bool:
-    return not hasattr(module, "serves_unasked") or module.serves_unasked(problem)
 
 
 def _refusal(name: str | None, problem: Problem) -> str:

@@ -12,8 +12,7 @@ from ..bodies import is_decode, is_gather, known, needs_gather, needs_tiles, tra
 from ..problem import DOT, Problem, Spec
 
 NAME = "cpu"
-_DECODE_ROWS = 8
-_DECODE_KEYS = 256
+_DECODE_QUERIES = 8  # of each head: with 16 tiled is ahead. No more than kNarrow (csrc/cpu/operands.h)
 _DECODE_BLOCK = 64  # query rows of its work items
 _TILE_EDGES = 640  # of 4096 pairs: where gather and tiled crossed (fp32, D 64, forward and backward, AVX-512)
 
@@ -43,8 +42,9 @@ def body(problem: Problem) -> int:
     """Which body runs the problem."""
     if is_gather(problem, _TILE_EDGES):
         return ops.GATHER
-    decodes = is_decode(problem, _DECODE_ROWS, _DECODE_KEYS) and _decodes(problem.spec)
-    return ops.DECODE if decodes else ops.TILED
+    spec = problem.spec
+    rows = _DECODE_QUERIES * (spec.heads // max(1, spec.heads_k))
+    return ops.DECODE if is_decode(problem, rows, 0) and _decodes(spec) else ops.TILED
 
 
 def _decodes(spec: Spec) -> bool:

@@ -99,11 +99,9 @@ def beyond(problem: Problem) -> list[str]:
 
 
 def serves_unasked(problem: Problem) -> bool:
-    """Other devices need not ask for reasons. Graphs dense enough for tiles, and so for matrix instructions,
-    are Triton's unless this backend is named.
+    """Graphs dense enough for tiles, and so for matrix instructions, are Triton's unless this backend is
+    named.
     """
-    if problem.q.device.type != "cuda":
-        return False
     return problem.spec.args.graph is None or not ops_triton.FOUND or is_gather(problem, _TILE_EDGES)
 
 

@@ -83,11 +83,6 @@ def is_interpreted() -> bool:
     return ops_triton.INTERPRETED
 
 
-def serves_unasked(problem: Problem) -> bool:
-    """On CPU tensors the interpreter serves who names it, and nobody else."""
-    return problem.q.device.type == "cuda"
-
-
 def body(problem: Problem) -> int:
     """Which body runs the problem."""
     if is_gather(problem, _TILE_EDGES):

@@ -30,17 +30,15 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, 1, lse);
 }
 
-constexpr int64_t kFewQueries = 4;  // with 8 bf16 is ahead (D 32 and 64, 8 to 512 keys)
-
 void backward(StableIValue* stack, uint64_t, uint64_t) {
   BackwardCall call;
   call.read_backward(stack);
   call.make_gradients();
-  // Few queries leave the matrix tiles of bf16 empty: the fp32 kernels turn their lanes along head_dim
-  // instead. The tiled body serves every backward pass, and repeats bitwise whether asked to or not.
+  // The decode body's few queries leave matrix tiles empty: the fp32 kernels turn their lanes along head_dim
+  // instead, and form its logits again. The tiled body serves every backward pass, and repeats bitwise whether
+  // asked to or not.
   const GradParams& p = call.p;
-  const bool few = call.body == 1 && p.seqlen_q <= kFewQueries && p.q.dtype == DType::kBFloat16;
-  const DType arithmetic = few ? DType::kFloat32 : p.q.dtype;
+  const DType arithmetic = call.body == 1 && p.q.dtype == DType::kBFloat16 ? DType::kFloat32 : p.q.dtype;
   run(kernels_for(arithmetic, p.score).backward(p), p);
   call.give_gradients(stack);
 }

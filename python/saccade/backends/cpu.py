@@ -8,12 +8,14 @@ from torch import Tensor
 from .. import ops
 from ..autograd import attend
 from ..autograd_weights import attend_and_weigh
-from ..bodies import is_decode, is_gather, known, needs_gather, needs_tiles, tracked
-from ..problem import DOT, Problem, Spec
+from ..bodies import is_gather, known, needs_gather, needs_tiles, tracked
+from ..problem import DOT, Problem
 
 NAME = "cpu"
-_DECODE_QUERIES = 8  # of each head: with 16 tiled is ahead. No more than kNarrow (csrc/cpu/operands.h)
-_DECODE_BLOCK = 64  # query rows of its work items
+# Queries of a head up to which decode is ahead, over any number of keys; in bf16, whose tiles are faster,
+# fewer. No more than kNarrow in csrc/cpu/operands.h.
+_DECODE_QUERIES, _DECODE_QUERIES_BF16 = 8, 4
+_DECODE_BLOCK = 64  # of a key cache, whose keys need no packing: the query rows of a work item
 _TILE_EDGES = 640  # of 4096 pairs: where gather and tiled crossed (fp32, D 64, forward and backward, AVX-512)
 
 
@@ -42,15 +44,19 @@ def body(problem: Problem) -> int:
     """Which body runs the problem."""
     if is_gather(problem, _TILE_EDGES):
         return ops.GATHER
+    return ops.DECODE if _decodes(problem) else ops.TILED
+
+
+def _decodes(problem: Problem) -> bool:
+    """Whether a call is of few queries and asks for what decode has. The tiled body reads caches too."""
     spec = problem.spec
-    rows = _DECODE_QUERIES * (spec.heads // max(1, spec.heads_k))
-    return ops.DECODE if is_decode(problem, rows, 0) and _decodes(spec) else ops.TILED
-
-
-def _decodes(spec: Spec) -> bool:
-    """Whether the decode body has what a call asks for. The tiled one reads caches too."""
-    alike = spec.score == DOT and not spec.dropout_p and spec.args.head_bounds is None
-    return alike and spec.heads > 0 and known(spec.seqlen_q <= _DECODE_BLOCK)
+    few = _DECODE_QUERIES_BF16 if problem.q.dtype == torch.bfloat16 else _DECODE_QUERIES
+    if spec.layout.seqused_k is not None:
+        few = _DECODE_BLOCK
+    if spec.score != DOT or spec.dropout_p or spec.layout.is_varlen or problem.extra_k is not None:
+        return False
+    alike = spec.args.head_bounds is None and spec.args.graph is None
+    return alike and spec.heads > 0 and known(spec.seqlen_q <= few)
 
 
 def kernel(problem: Problem) -> str:

@@ -84,7 +84,7 @@ def gather_forward(
         vt = load_at(v, v_base, j, kept, S.dim_v, DV, ACC)
         acc += tl.sum(p[:, None] * vt, 0)
         if EDGE > 0:
-            mixed += tl.sum(tl.where(kept, p, 0.0)[:, None] * ext, 0)
+            mixed += tl.sum(tl.where(kept[:, None], p[:, None] * ext, 0.0), 0)
     if slot >= 0:
         at = parts + ((b.to(tl.int64) * S.heads + h) * slots + slot) * (2 + DV + DE)
         tl.store(at + one, peak)

@@ -289,3 +289,32 @@ def test_second_derivatives_hold_no_dense_weights(monkeypatch: pytest.MonkeyPatc
     (grad,) = torch.autograd.grad(saccade.attention(q, q, q, complete(9)).sum(), q, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), q)
     assert bool(second.any())
+
+
+@pytest.mark.parametrize("hide", ["mask", "bias"])
+@pytest.mark.parametrize("score", ["dot", "gatv2"])
+def test_nan_of_edges_that_nobody_keeps_stays_there(hide: str, score: str, backend: str) -> None:
+    """In their features, and in a key that has no other edge: the same results as with zeros there."""
+    index = torch.tensor([[0, 1, 2, 3, 1], [0, 0, 1, 1, 2]])
+    graph = Graph.from_edge_index(index, num_nodes=4)
+    drawn = [torch.randn(2, 2, 4, 8) for _ in range(3)]
+    features, weight, additive = torch.randn(5, 3), torch.randn(2, 8, 3), torch.randn(2, 8)
+    options: dict[str, Any] = {}
+    mask: saccade.Mask = graph
+    if hide == "bias":
+        options["edge_bias"] = torch.tensor([0.3, -0.2, 0.5, -torch.inf, 0.1])
+    else:
+        mask = graph & saccade.KeyPadding(keep=torch.tensor([[True, True, True, False]] * 2))
+    found = []
+    for value in (0.0, torch.nan):
+        q, k, v = (x.clone() for x in drawn)
+        e = features.clone()
+        k[:, :, 3], v[:, :, 3], e[3] = value, value, value
+        tensors = [x.requires_grad_() for x in (q, k, v, e)] + [weight.clone().requires_grad_()]
+        joined: dict[str, Any] = {"edge_attr": (tensors[3], tensors[4])}
+        if score == "gatv2":
+            joined = {"score": saccade.GATv2(additive, 0.2, edge_attr=(tensors[3], tensors[4]))}
+        out = saccade.attention(*tensors[:3], mask, backend=backend, **joined, **options)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    for want, got in zip(*found, strict=True):
+        assert got.isfinite().all() and torch.allclose(got, want, atol=1e-6)

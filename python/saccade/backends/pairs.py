@@ -94,8 +94,14 @@ class Edges:
         self.parts = tuple(p for p in row.spec.mask.parts if not isinstance(p, Graph))
         self.size = (row.q.shape[0], row.spec.heads, self.i.numel())
         self.features: Tensor | None = None  # [H, E, D]: W e of each edge
-        if row.edge_e is not None and row.edge_w is not None:
-            self.features = row.edge_e[self.ids] @ row.edge_w.transpose(-1, -2)
+
+    def show(self, kept: Tensor) -> None:
+        """Read the features of the edges; of one that nobody keeps nothing is read."""
+        if self.row.edge_e is None or self.row.edge_w is None:
+            return
+        features = self.row.edge_e[self.ids]
+        features = torch.where(kept.flatten(0, 1).any(0)[:, None], features, torch.zeros_like(features))
+        self.features = features @ self.row.edge_w.transpose(-1, -2)
 
     def query(self, x: Tensor) -> Tensor:
         return x[:, :, self.i]

@@ -153,6 +153,8 @@ def _attend_rows(row: Row, dense: bool) -> tuple[Tensor, Tensor, Tensor]:
     q = row.q if row.extra_k is not None else _shown(row.q, pairs.queries_with(keep))
     seen = pairs.keys_with(keep)
     k, v = _shown(row.k, seen), _shown(row.v, seen)
+    if isinstance(pairs, Edges):
+        pairs.show(keep)
 
     logits = _logits(row, pairs, q, k, bias)
     keep = keep & (logits.detach() != -_INF)
@@ -197,6 +199,9 @@ def _kept(row: Row, pairs: Pairs, bias: Tensor | None) -> Tensor:
     keep = torch.ones(pairs.size, dtype=torch.bool, device=row.q.device)
     for part in pairs.parts:
         keep = keep & part.keep(b, h, pairs.i, pairs.j, pairs.sq, pairs.sk)
+    if row.edge_bias is not None:
+        assert isinstance(pairs, Edges)
+        keep = keep & (row.edge_bias.detach()[:, pairs.ids] != -_INF)
     return keep if bias is None else keep & (bias.detach() != -_INF)
 
 

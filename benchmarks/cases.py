@@ -114,7 +114,7 @@ def square(name: str, length: int, **options: object) -> Case:
 
 
 def few_queries(name: str, keys: int, queries: int = 1, **options: object) -> Case:
-    """A step of decoding: the last `queries` positions over all keys so far, without gradients."""
+    """A step of decoding: `queries` positions over all keys of a cache, without gradients."""
     return Case(name, seqlen_q=queries, seqlen_k=keys, directions=(FORWARD,), **options)  # type: ignore[arg-type]
 
 

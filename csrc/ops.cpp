@@ -23,9 +23,9 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   call.fill(p);
   const auto [out, lse] = forward_outputs(call, order, p);
   const KernelTable kernels = kernels_for(p.q.dtype, p.score);
-  const bool rows_dense =
-      p.k.col == 1 && p.v.col == 1;  // what decode reads; the tiled body takes any strides
-  run(body == 1 && rows_dense ? kernels.decode(p) : kernels.forward(p), p);
+  // What decode reads and holds; the tiled body takes anything.
+  const bool decodes = body == 1 && p.k.col == 1 && p.v.col == 1 && p.seqlen_q <= kDecodeQueries;
+  run(decodes ? kernels.decode(p) : kernels.forward(p), p);
   give(stack, 0, out);
   give(stack, 1, lse);
 }
@@ -35,8 +35,8 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   call.read_backward(stack);
   call.make_gradients();
   // The decode body's few queries leave matrix tiles empty: the fp32 kernels turn their lanes along head_dim
-  // instead, and form its logits again. The tiled body serves every backward pass, and repeats bitwise whether
-  // asked to or not.
+  // instead, and form its logits again. The tiled body serves every backward pass, and repeats bitwise
+  // whether asked to or not.
   const GradParams& p = call.p;
   const DType arithmetic = call.body == 1 && p.q.dtype == DType::kBFloat16 ? DType::kFloat32 : p.q.dtype;
   run(kernels_for(arithmetic, p.score).backward(p), p);

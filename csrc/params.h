@@ -9,7 +9,8 @@ enum class Score : int32_t { kDot, kAdditive, kGATv2 };
 enum class Activation : int32_t { kSoftmax, kReLU, kSigmoid, kSoftmax1 };
 
 constexpr int64_t kUnbounded = int64_t(1) << 62;
-constexpr int64_t kGraphTile = 64;  // rows and columns of a graph tile; one 64-bit word per row
+constexpr int64_t kGraphTile = 64;      // rows and columns of a graph tile; one 64-bit word per row
+constexpr int64_t kDecodeQueries = 64;  // of each head, at most, that the CPU's decode body takes
 
 // A strided tensor of rows. Strides count elements; packed sequences ([total, H, D]) have batch stride 0.
 struct Rows {

@@ -247,7 +247,7 @@ def test_reasons_can_be_traced() -> None:
         return saccade.attention(q, q, q, causal=True)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (9, 12):
+    for length in (9, 12):  # with few queries and a length that is known, the CPU takes another kernel
         q = torch.randn(1, 2, length, 16).bfloat16()
         torch.testing.assert_close(compiled(q), run(q))
 

@@ -1,5 +1,5 @@
-// The decode body: few queries, many keys. Each row of keys and values is read once for all query heads that
-// share it. The keys are split into runs whose partial results are merged in order.
+// The decode body: few queries, many keys. Each row of keys and values is read from memory once for all query
+// heads that share it. The keys are split into runs whose partial results are merged in order.
 #pragma once
 #include "decode_rows.h"
 
@@ -7,47 +7,57 @@ namespace saccade {
 namespace SACCADE_ISA {
 namespace {
 
-// How the keys of a head are split: into enough work items for many threads, of enough keys each.
+// How the keys of a head are split where batch and key heads alone would leave threads idle: into so many
+// work items, of no fewer keys, or their own cost would show. Of a cache the keys in use count.
 struct KeyRuns {
   static constexpr int64_t kItems = 64, kLeast = 4 * kBlockN;
   int64_t size, count;
   explicit KeyRuns(const Params& p) {
+    int64_t keys = p.seqlen_k;
     const int64_t wanted = max64(1, kItems / max64(1, p.batch * p.heads_k));
-    size = max64(kLeast, round_up((p.seqlen_k + wanted - 1) / wanted, kBlockN));
-    count = max64(1, (p.seqlen_k + size - 1) / size);
+    if (wanted > 1 && p.seqused_k) {
+      keys = 0;
+      for (int64_t b = 0; b < p.batch; ++b) keys = max64(keys, p.seqused_k[b]);
+    }
+    size = max64(kLeast, round_up((keys + wanted - 1) / wanted, kBlockN));
+    count = max64(1, (keys + size - 1) / size);
   }
 };
 
 // The rows of a work item: every query of every head that shares a key head, head by head.
-struct DecodeRows {
+struct GroupRows {
   int64_t group, of_head, count;
-  explicit DecodeRows(const Params& p)
-      : group(p.heads / p.heads_k), of_head(min64(p.seqlen_q, kBlockM)), count(group * of_head) {}
+  explicit GroupRows(const Params& p)
+      : group(p.heads / p.heads_k), of_head(p.seqlen_q), count(group * of_head) {}
 };
+static_assert(kDecodeQueries <= kBlockM, "the queries of a head are one block");
 
 // A run's result: m and l by row, O[row][ldo] unnormalised.
 template <typename T>
-static State<T> decode_state(const DecodeRows& rows, T* at) {
+static State<T> decode_state(const GroupRows& rows, T* at) {
   return {at, at + rows.count, at + 2 * rows.count};
 }
-SACCADE_FORCE int64_t decode_state_size(const DecodeRows& rows, int64_t ldo) {
+SACCADE_FORCE int64_t decode_state_size(const GroupRows& rows, int64_t ldo) {
   return round_up(rows.count * (ldo + 2), 16);
 }
 
 template <typename T>
 struct DecodeBuffers {
-  DecodeRows rows;
-  int64_t ldq, ldo, together;  // heads whose rows take a tile at once
+  GroupRows rows;
+  // `together`: heads whose rows take a tile at once. Not those that a bias tells apart: it may hide a key
+  // from one of them, and what stands in its value must not reach that one.
+  int64_t ldq, ldo, together;
   T *S, *queries, *buffer, *scales, *state;
   char* zeros;  // a row of zeros, in any dtype
 
   DecodeBuffers(const Params& p, Arena& a) : rows(p) {
     ldq = round_up(p.head_dim, kLanes<T>);
     ldo = round_up(p.head_dim_v, kLanes<T>);
-    together = max64(1, min64(rows.group, kBlockM / max64(1, rows.of_head)));
+    const bool alike = !p.bias || p.bias_stride[1] == 0;
+    together = alike ? max64(1, min64(rows.group, kBlockM / max64(1, rows.of_head))) : 1;
     S = a.take<T>(together * rows.of_head * kBlockN);
     queries = a.take<T>(rows.count * ldq);
-    buffer = a.take<T>(max64(kBlockN, ldq));
+    buffer = a.take<T>(p.bias ? kBlockN : 0);
     scales = a.take<T>(kBlockM);
     state = a.take<T>(decode_state_size(rows, ldo));
     zeros = a.take<char>(ldo * 8);

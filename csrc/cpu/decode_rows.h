@@ -12,13 +12,6 @@ namespace {
 constexpr int kSumRegisters = kVectorBytes == 64 ? 16 : 8;
 constexpr int kMostRows = 4;  // that are multiplied with a key as it is read
 
-template <typename T, int S = 1>
-SACCADE_FORCE T largest_lane(Vec<T> v) {
-  if constexpr (S < kLanes<T>)
-    return largest_lane<T, S * 2>(vmax<T>(exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{}), v));
-  return v[0];
-}
-
 // S[r][j] = key j . query r for R rows; V whole vectors of columns, 0: any d. Keys are read up to the end of
 // the vector. Every sum is that of dot_part (rows.h), bit for bit: the backward pass takes logits from there,
 // and weights from the difference of its logits to the forward pass's lse.
@@ -113,20 +106,12 @@ SACCADE_FORCE void for_row_groups(int64_t rows, F f, int64_t r = 0) {
 // The logits of query i of the block in natural units, as finish_logits (logits.h) has them.
 template <typename T>
 static void finish_row(const Params& p, const QueryBlock& q, const KeyTile& t, int64_t i, T* s, T* buffer) {
-  constexpr int L = kLanes<T>;
-  const T scale = T(p.scale), softcap = T(p.softcap), per_cap = T(p.softcap != 0 ? p.scale / p.softcap : 0);
-  for (int64_t j = 0; j < t.n; j += L)
-    store(s + j, p.softcap != 0 ? softcap * tanhv<T>(load(s + j) * per_cap) : scale * load(s + j));
-  if (p.bias) {
-    const int64_t* st = p.bias_stride;
-    const char* base =
-        static_cast<const char*>(p.bias) +
-        (q.b * st[0] + q.h * st[1] + (q.i0 + i) * st[2] + t.j0 * st[3]) * size_of(p.bias_dtype);
-    read_row(buffer, base, p.bias_dtype, st[3], t.n);
-    for (int64_t j = 0; j < t.n; j += L) {
-      const Vec<T> b = load(buffer + j), sum = load(s + j) + b;
-      store(s + j, b == -kInf<T> ? b : (sum < T(-kLargest) ? splat<T>(T(-kLargest)) : sum));
-    }
+  const Bend<T> bend(p);
+  if (p.bias) read_row(buffer, bias_at(p, q, i, t.j0), p.bias_dtype, p.bias_stride[3], t.n);
+  for (int64_t j = 0; j < t.n; j += kLanes<T>) {
+    Vec<T> cap{}, logit = bend(load(s + j), cap);
+    if (p.bias) logit = with_bias<T>(logit, load(buffer + j));
+    store(s + j, logit);
   }
   if (!p.rel_bias) return;
   const T* rel = static_cast<const T*>(p.rel_bias);

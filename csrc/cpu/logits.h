@@ -55,11 +55,16 @@ struct BiasTile {
   const T* p;
   int64_t row, lane;  // element (j, i) at p[j * row + i * lane]
 };
+// Where the bias of row i of a block and key j stands.
+SACCADE_FORCE const char* bias_at(const Params& p, const QueryBlock& q, int64_t i, int64_t j) {
+  const int64_t* st = p.bias_stride;
+  return static_cast<const char*>(p.bias) +
+         (q.b * st[0] + q.h * st[1] + (q.i0 + i) * st[2] + j * st[3]) * size_of(p.bias_dtype);
+}
 template <typename T>
 static BiasTile<T> bias_tile(const Params& p, const QueryBlock& q, const KeyTile& t, T* buffer) {
   const int64_t* st = p.bias_stride;
-  const char* base = static_cast<const char*>(p.bias) +
-                     (q.b * st[0] + q.h * st[1] + q.i0 * st[2] + t.j0 * st[3]) * size_of(p.bias_dtype);
+  const char* base = bias_at(p, q, 0, t.j0);
   if (st[2] == 0) {
     read_row(buffer, base, p.bias_dtype, st[3], t.n);
     return {buffer, 1, 0};
@@ -92,30 +97,38 @@ SACCADE_FORCE int64_t rel_index(const Params& p, const QueryBlock& q, int64_t j,
 // could no longer hold ln of a sum.
 constexpr double kLargest = 1e11;
 
+// A score, scaled and softcapped; `cap` becomes tanh(scale * score / softcap) where there is a softcap.
+template <typename T>
+struct Bend {
+  T scale, softcap, per_cap;
+  explicit Bend(const Params& p)
+      : scale(T(p.scale)), softcap(T(p.softcap)), per_cap(T(p.softcap != 0 ? p.scale / p.softcap : 0)) {}
+  SACCADE_MEMBER Vec<T> operator()(Vec<T> score, Vec<T>& cap) const {
+    if (softcap == T(0)) return scale * score;
+    cap = tanhv<T>(score * per_cap);
+    return softcap * cap;
+  }
+};
+template <typename T>
+SACCADE_FORCE Vec<T> with_bias(Vec<T> logit, Vec<T> bias) {
+  const Vec<T> sum = logit + bias;
+  return bias == -kInf<T> ? bias : (sum < T(-kLargest) ? splat<T>(T(-kLargest)) : sum);
+}
+
 // S becomes the logit in natural units. `cap` (may be null) receives tanh(scale * score / softcap), which the
 // backward pass needs.
 template <typename T>
 static void finish_logits(const Params& p, const QueryBlock& q, const KeyTile& t, T* S, T* cap, T* buffer) {
-  const T scale = T(p.scale), softcap = T(p.softcap), per_cap = T(p.softcap != 0 ? p.scale / p.softcap : 0);
+  const Bend<T> bend(p);
   const bool bias = p.bias && !t.extra, rel = p.rel_bias && !t.extra && !is_by_query(p);
   BiasTile<T> tile{};
   if (bias) tile = bias_tile<T>(p, q, t, buffer);
   for (int64_t j = 0; j < t.n; ++j) {
     T* row = S + j * q.lanes;
     for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
-      Vec<T> s = load(row + i);
-      if (p.softcap != 0) {
-        const Vec<T> c = tanhv<T>(s * per_cap);
-        if (cap) store(cap + j * q.lanes + i, c);
-        s = softcap * c;
-      } else {
-        s = scale * s;
-      }
-      if (bias) {
-        const Vec<T> b = tile.lane ? load(tile.p + j * tile.row + i) : splat<T>(tile.p[j]);
-        const Vec<T> sum = s + b;
-        s = b == -kInf<T> ? b : (sum < T(-kLargest) ? splat<T>(T(-kLargest)) : sum);
-      }
+      Vec<T> c{}, s = bend(load(row + i), c);
+      if (cap && p.softcap != 0) store(cap + j * q.lanes + i, c);
+      if (bias) s = with_bias<T>(s, tile.lane ? load(tile.p + j * tile.row + i) : splat<T>(tile.p[j]));
       store(row + i, s);
     }
     if (rel) {

@@ -14,8 +14,9 @@ struct NoScope {
   NoScope() {}
 };
 
-// With so few queries most lanes would idle: then they run along head_dim instead. Decode's logits are the same,
-// bit for bit, so that the weights which the backward pass takes from its lse are those of its forward pass.
+// With so few queries most lanes would idle: then they run along head_dim instead. Decode's logits are the
+// same, bit for bit, so that the weights which the backward pass takes from its lse are those of its forward
+// pass.
 constexpr int64_t kNarrow = 8;
 
 template <typename Acc>

@@ -12,8 +12,8 @@ struct BackwardBuffers {
   using T = typename M::T;
   using E = typename M::Element;
   int64_t ld, ldv;  // padded row lengths of queries and dout
-  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse, *lse_low, *weight_by, *delta, *of_out,
-      *share, *dQ;
+  T *S, *dP, *cap, *bias, *Z, *block_q, *block_do, *block_o, *lse, *lse_low, *weight_by, *delta, *dout_out,
+      *sink_share, *dQ;
   E *queries, *douts, *keys, *values, *columns, *weights, *query_rows, *dout_rows;
   bool* dead;
   WeightOf<T> weight_of;
@@ -35,8 +35,8 @@ struct BackwardBuffers {
     lse_low = a.take<T>(kBlockM);
     weight_by = a.take<T>(kBlockM);
     delta = a.take<T>(kBlockM);
-    of_out = a.take<T>(kBlockM);
-    share = a.take<T>(kBlockM);
+    dout_out = a.take<T>(kBlockM);
+    sink_share = a.take<T>(kBlockM);
     dQ = a.take<T>(round_up(D, kRowPad) * kBlockM);
     queries = a.take<E>(M::packed_size(D, kBlockM));
     douts = a.take<E>(M::packed_size(Dv, kBlockM));
@@ -74,7 +74,7 @@ static Matrix<T> clear_empty(const QueryBlock& q, Matrix<T> outs, int64_t head_d
 }
 
 // A query block made ready: its operands, lse in base 2 (+inf where no weight can arise), delta = rowsum(dO *
-// O) - dlse. `of_out` is delta without dlse, `share` the sink's weight times it.
+// O) - dlse. `dout_out` is delta without dlse, `sink_share` the sink's weight times it.
 template <typename M>
 struct BackwardBlock {
   using T = typename M::T;
@@ -91,7 +91,7 @@ struct BackwardBlock {
     query_rows = M::pack_rows(clean.p, clean.ld, q.rows, w.ld, w.query_rows);
     dout_rows = M::pack_rows(dos.p, dos.ld, q.rows, w.ldv, w.dout_rows);
     for (int64_t i = 0; i < q.lanes; ++i)
-      w.lse[i] = kInf<T>, w.lse_low[i] = w.delta[i] = w.of_out[i] = w.share[i] = T(0);
+      w.lse[i] = kInf<T>, w.lse_low[i] = w.delta[i] = w.dout_out[i] = w.sink_share[i] = T(0);
     if (!is_softmax(p)) return;
     w.weight_of = WeightOf<T>(p);
     w.rescales = sum_again<M>(p, q, queries, w, w.weight_of, w.lse, w.lse_low, w.weight_by);
@@ -106,14 +106,15 @@ struct BackwardBlock {
         sum += load(dos.p + i * dos.ld + d) * load(outs.p + i * outs.ld + d);
       for (; d < Dv; ++d) rest += dos.p[i * dos.ld + d] * outs.p[i * outs.ld + d];
       for (int l = 0; l < kLanes<T>; ++l) rest += sum[l];
-      w.of_out[i] = rest;
-      if (has_sink(p)) w.share[i] = rest * T(exp(double(sink_of<T>(p, q.h)) - lse[i]));
+      w.dout_out[i] = rest;
+      if (has_sink(p)) w.sink_share[i] = rest * T(exp(double(sink_of<T>(p, q.h)) - lse[i]));
       w.delta[i] = rest - (dlse ? T(dlse[i]) : T(0));
     }
   }
 };
 
 // Whether the rows of a block have all their keys in this tile.
+static_assert(kBlockN % kGraphTile == 0, "a tile of a graph is never cut");
 SACCADE_FORCE bool holds_rows(const Params& p, const QueryBlock& q, const KeyTile& t) {
   if (p.extra_k) return false;
   if (t.words) return p.mask.tile_ptr[q.i0 / kGraphTile + 1] - p.mask.tile_ptr[q.i0 / kGraphTile] == 1;
@@ -121,7 +122,7 @@ SACCADE_FORCE bool holds_rows(const Params& p, const QueryBlock& q, const KeyTil
 }
 
 // In a tile that holds whole rows delta is sum(P dP), closer than that from the rounded output, and of a row
-// of one key it is dP itself: the gradients move by P times the difference, sum(P (dP - delta)), in which it
+// of one key it is dP itself: the gradients move by P times the difference, sum(P (dP - dO . O)), in which it
 // does not matter how near to 1 the weights add up. `sum` lacks the sink's part.
 template <typename T>
 SACCADE_FORCE void settle_rows(Interval keys, int64_t lanes, Vec<T> sum, Vec<T> share, const T* S, T* dS) {
@@ -141,7 +142,7 @@ static void weigh_tile(const GradParams& p, const QueryBlock& q, const KeyTile& 
   const bool settles = softmax && !w.rescales && holds_rows(p, q, t);
   for (int64_t i = 0; i < q.lanes; i += kLanes<T>) {
     const Vec<T> lse = load(w.lse + i), low = load(w.lse_low + i), delta = load(w.delta + i),
-                 of_out = load(w.of_out + i);
+                 dout_out = load(w.dout_out + i);
     const Interval keys = lane_keys<T>(q, t, i);
     clear_outside(keys, t.n, q.lanes, w.S + i);
     clear_outside(keys, t.n, q.lanes, w.dP + i);
@@ -155,7 +156,7 @@ static void weigh_tile(const GradParams& p, const QueryBlock& q, const KeyTile& 
       if (softmax) {
         weight = weight_of(logit, lse, low);
         grad = weight * (dP - delta);
-        if (settles) sum += masked ? Vec<T>{} : weight * (dP - of_out);
+        if (settles) sum += masked ? Vec<T>{} : weight * (dP - dout_out);
       } else {
         weight = activate<T>(p.activation, logit * unit);
         grad = p.activation == Activation::kReLU ? (weight > T(0) ? dP : Vec<T>{})
@@ -164,7 +165,7 @@ static void weigh_tile(const GradParams& p, const QueryBlock& q, const KeyTile& 
       store(d, masked ? Vec<T>{} : grad);
       store(s, drop && !settles ? weight * z : weight);
     }
-    if (settles) settle_rows(keys, q.lanes, sum, load(w.share + i), w.S + i, w.dP + i);
+    if (settles) settle_rows(keys, q.lanes, sum, load(w.sink_share + i), w.S + i, w.dP + i);
   }
   if (drop && settles) multiply_tile(w.S, w.Z, t.n * q.lanes);
   if (w.rescales) {

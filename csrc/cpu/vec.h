@@ -289,6 +289,13 @@ SACCADE_FORCE Vec<T> sum_each(Vec<T>* r) {
   }
 }
 
+template <typename T, int S = 1>
+SACCADE_FORCE T largest_lane(Vec<T> v) {
+  if constexpr (S < kLanes<T>)
+    return largest_lane<T, S * 2>(vmax<T>(exchange<T, S>(v, typename MakeSeq<kLanes<T>>::type{}), v));
+  return v[0];
+}
+
 // dst[c][r] = src[r][c] for rows x cols; tails are scalar.
 template <typename T>
 static void transpose(const T* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t cols) {

@@ -34,21 +34,22 @@ def is_gather(problem: Problem, tile_edges: int) -> bool:
 
 def is_decode(problem: Problem, rows: int, keys: int) -> bool:
     """Few queries over many keys are split over the keys: at most `rows` query rows for each key head, at
-    least `keys` keys, the dot score, nothing that is counted per pair (dropout, a graph), and every cache.
+    least `keys` keys, nothing that decode lacks, and every cache.
     """
     spec = problem.spec
     if spec.layout.seqused_k is not None:
         return True
-    return (
-        known(spec.seqlen_q * spec.heads <= rows * spec.heads_k)
-        and known(spec.seqlen_k >= keys)
-        and spec.score == DOT
-        and not spec.dropout_p
-        and spec.args.graph is None
-        and problem.extra_k is None
-        and problem.rel_bias is None
-        and not spec.layout.is_varlen
-    )
+    few = known(spec.seqlen_q * spec.heads <= rows * spec.heads_k) and known(spec.seqlen_k >= keys)
+    return few and problem.rel_bias is None and not beyond_decode(problem)
+
+
+def beyond_decode(problem: Problem) -> bool:
+    """Whether a call asks for what no decode body has: another score, what is counted per pair (dropout, a
+    graph), one more key, packed sequences.
+    """
+    spec = problem.spec
+    other = spec.score != DOT or bool(spec.dropout_p) or spec.args.graph is not None
+    return other or problem.extra_k is not None or spec.layout.is_varlen
 
 
 def tracked(problem: Problem) -> bool:

@@ -8,14 +8,14 @@ from torch import Tensor
 from .. import ops
 from ..autograd import attend
 from ..autograd_weights import attend_and_weigh
-from ..bodies import is_gather, known, needs_gather, needs_tiles, tracked
-from ..problem import DOT, Problem
+from ..bodies import beyond_decode, is_gather, known, needs_gather, needs_tiles, tracked
+from ..problem import Problem
 
 NAME = "cpu"
-# Queries of a head up to which decode is ahead, over any number of keys; in bf16, whose tiles are faster,
-# fewer. No more than kNarrow in csrc/cpu/operands.h.
+# Queries of a head up to which decode is ahead, over any number of keys; in bf16, whose products have
+# instructions of their own, fewer. No more than kNarrow in csrc/cpu/operands.h, or the backward pass would
+# form other logits; a cache has none, and both bodies are as fast at twice as many.
 _DECODE_QUERIES, _DECODE_QUERIES_BF16 = 8, 4
-_DECODE_BLOCK = 64  # of a key cache, whose keys need no packing: the query rows of a work item
 _TILE_EDGES = 640  # of 4096 pairs: where gather and tiled crossed (fp32, D 64, forward and backward, AVX-512)
 
 
@@ -51,11 +51,8 @@ def _decodes(problem: Problem) -> bool:
     """Whether a call is of few queries and asks for what decode has. The tiled body reads caches too."""
     spec = problem.spec
     few = _DECODE_QUERIES_BF16 if problem.q.dtype == torch.bfloat16 else _DECODE_QUERIES
-    if spec.layout.seqused_k is not None:
-        few = _DECODE_BLOCK
-    if spec.score != DOT or spec.dropout_p or spec.layout.is_varlen or problem.extra_k is not None:
-        return False
-    alike = spec.args.head_bounds is None and spec.args.graph is None
+    few *= 1 if spec.layout.seqused_k is None else 2
+    alike = spec.args.head_bounds is None and not beyond_decode(problem)
     return alike and spec.heads > 0 and known(spec.seqlen_q <= few)
 
 

@@ -84,3 +84,42 @@ def test_what_is_not_finite_stays_where_the_reference_has_it(value: float, isa: 
     assert not found[0][1][0, 0].isfinite().any()
     for got, want in zip(*found, strict=True):
         assert torch.equal(got.isfinite(), want.isfinite())
+
+
+@pytest.mark.parametrize("queries", [1, 2, 9, 70])
+def test_nan_in_a_key_that_is_kept(queries: int, backend: str) -> None:
+    """Output, lse and every gradient are NaN where the reference has it, and nowhere else."""
+    q, k, v = (x.detach() for x in make_inputs(Shape(1, 2, 2, queries, 20, 16, 16)))
+    k[0, 0, 2] = torch.nan
+    found = []
+    for name in (backend, "reference"):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = saccade.attention(*inputs, return_lse=True, backend=name)
+        found.append([out, lse, *torch.autograd.grad(out.sum(), inputs)])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
+    assert not found[0][1][0, 0].isfinite().any()
+
+
+@pytest.mark.parametrize("queries", [2, 9, 70])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_row_without_keys_has_no_gradient_whatever_others_see(queries: int, backend: str) -> None:
+    q, k, v = (x.detach() for x in make_inputs(Shape(1, 2, 2, queries, 300, 16, 16)))
+    k[0, 0, 7] = torch.nan
+    own = torch.ones(1, queries, dtype=torch.int64)
+    own[0, 0] = 5
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = saccade.attention(*inputs, Segments(own, torch.ones(1, 300, dtype=torch.int64)), backend=backend)
+    dq, _, _ = torch.autograd.grad(out.sum(), inputs)
+    assert (out[:, :, 0] == 0).all() and (dq[:, :, 0] == 0).all()
+    assert dq[0, 1].isfinite().all() and not dq[0, 0, 1:].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-46, -1e-46, 0.0])
+def test_a_scale_too_small_for_the_dtype(scale: float, dtype: torch.dtype, backend: str) -> None:
+    """Every key weighs the same."""
+    q, k, v = (x.detach() for x in make_inputs(Shape(1, 2, 2, 3, 20, 16, 16), dtype))
+    out, lse = saccade.attention(q, k, v, scale=scale, return_lse=True, backend=backend)
+    torch.testing.assert_close(out, v.mean(-2, keepdim=True).expand_as(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, 20).log())

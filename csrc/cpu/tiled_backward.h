@@ -72,11 +72,29 @@ template <typename T>
 SACCADE_FORCE bool queries_by_rows(const Params& p, const QueryBlock& q) {
   return q.rows <= kNarrow && p.score == Score::kDot && p.head_dim % kLanes<T> == 0 && p.k.col == 1;
 }
+// dQ is dS K: dS is 0 in a row that keeps no key, but 0 times a NaN that other rows of the block see in a key
+// is not. Such a row's output is exactly 0. Row i, column d of dQ stands at i * row + d * col.
+template <typename M>
+static void clear_empty_queries(const GradParams& p, const QueryBlock& q, int64_t row, int64_t col,
+                                BackwardBuffers<M>& w) {
+  using T = typename M::T;
+  const int64_t count = p.head_dim * (col == 1 ? q.rows : q.lanes);  // whole vectors
+  Vec<T> bad{};
+  for (int64_t x = 0; x < count; x += kLanes<T>) bad += load(w.dQ + x) - load(w.dQ + x);
+  if (!any_lane(bad != T(0))) return;
+  const Matrix<T> outs = block_rows<T>(p.out, q, p.head_dim_v, w.ldv, w.block_do);
+  for (int64_t i = 0; i < q.rows; ++i) {
+    bool empty = true;
+    for (int64_t d = 0; d < p.head_dim_v; ++d) empty &= outs.p[i * outs.ld + d] == T(0);
+    for (int64_t d = 0; d < p.head_dim && empty; ++d) w.dQ[i * row + d * col] = T(0);
+  }
+}
 template <typename M>
 static void store_queries(const GradParams& p, const QueryBlock& q, BackwardBuffers<M>& w) {
   using T = typename M::T;
-  if (!M::kSharesTile || !queries_by_rows<T>(p, q))
-    return store_transposed(p.dq, q, w.dQ, p.head_dim, w.block_o);
+  const bool by_rows = M::kSharesTile && queries_by_rows<T>(p, q);
+  clear_empty_queries(p, q, by_rows ? p.head_dim : 1, by_rows ? 1 : q.lanes, w);
+  if (!by_rows) return store_transposed(p.dq, q, w.dQ, p.head_dim, w.block_o);
   for (int64_t i = 0; i < q.rows; ++i)
     write_row(row_at(p.dq, q.b, q.h, q.seq.q_begin + q.i0 + i), p.dq.dtype, p.dq.col, w.dQ + i * p.head_dim,
               p.head_dim);

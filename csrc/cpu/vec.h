@@ -191,7 +191,7 @@ SACCADE_FORCE Vec<T> sigmoidv(Vec<T> x) {
 
 // ln x of positive normal numbers that were summed in T: x = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2
 // atanh(t), t = (m - 1) / (m + 1), whose series in t^2 <= 0.0295 ends below rounding after 12 terms, and at
-// 2^-39 after 7, where the sum itself is only good to 2^-24.
+// 2^-39 after 7, where the sum itself is only good to 2^-24. NaN stays NaN.
 template <typename T>
 SACCADE_FORCE Vec<double> logv(Vec<double> v) {
   // Subtracting the bits of sqrt(1/2) before the shift rounds the exponent so that m falls in the interval.
@@ -204,7 +204,7 @@ SACCADE_FORCE Vec<double> logv(Vec<double> v) {
 #pragma GCC unroll 16
   for (int k = last - 2; k > 0; k -= 2) sum = sum * t2 + 1.0 / k;
   const Vec<double> whole = bits<Vec<double>>(e + bits<int64_t>(6755399441055744.0)) - 6755399441055744.0;
-  return whole * kLn2 + 2.0 * t * sum;
+  return whole * kLn2 + 2.0 * t * sum + (v - v);
 }
 
 // out[i] = ln x[i].

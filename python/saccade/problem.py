@@ -164,7 +164,7 @@ class Problem:
             args,
             code,
             act,
-            (head_dim**-0.5 if code == DOT else 1.0) if scale is None else finite("scale", scale),
+            (head_dim**-0.5 if code == DOT else 1.0) if scale is None else _scale(scale, q.dtype),
             0.0 if softcap is None else _positive("softcap", softcap),
             slope,
             dropout_p,
@@ -360,6 +360,12 @@ def _score(score: object) -> tuple[int, float]:
     raise TypeError(
         f'score: expected "dot", Additive(weight) or GATv2(weight, slope), got {type(score).__name__}'
     )
+
+
+def _scale(value: Any, dtype: torch.dtype) -> float:
+    """0 where the arithmetic of `dtype` has no such small number."""
+    number = finite("scale", value)
+    return number if dtype == torch.float64 or abs(number) >= _SMALLEST else 0.0
 
 
 def _positive(name: str, value: Any) -> float:

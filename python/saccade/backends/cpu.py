@@ -52,7 +52,8 @@ def _decodes(problem: Problem) -> bool:
     spec = problem.spec
     few = _DECODE_QUERIES_BF16 if problem.q.dtype == torch.bfloat16 else _DECODE_QUERIES
     few *= 1 if spec.layout.seqused_k is None else 2
-    alike = spec.args.head_bounds is None and not beyond_decode(problem)
+    rows = problem.k.stride(-1) == 1 and problem.v.stride(-1) == 1
+    alike = rows and spec.args.head_bounds is None and not beyond_decode(problem)
     return alike and spec.heads > 0 and known(spec.seqlen_q <= few)
 
 

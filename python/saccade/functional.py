@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Result = Tensor | tuple[Tensor, Tensor]
+_CAUSAL_FROM_START = Causal(align="start")
 
 
 def attention(  # noqa: PLR0913
@@ -181,15 +182,11 @@ def scaled_dot_product_attention(  # noqa: PLR0913
     top-left).
     """
     _check_sdpa(query, key, value, attn_mask, enable_gqa)
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    if not enable_gqa and max(x.dim() for x in (query, key, value)) > 2:
-        heads = torch.broadcast_shapes(*(x.shape[-3:-2] for x in (query, key, value)))
-        query, key, value = (_expand_heads(x, heads) for x in (query, key, value))
-    q, k, v = (_four_dims(x, lead) for x in (query, key, value))
-    mask: Mask | None = Causal(align="start") if is_causal else None
+    outer, q, k, v = _same_dims(query, key, value, enable_gqa)
+    mask: Mask | None = _CAUSAL_FROM_START if is_causal else None
     bias = None
     if attn_mask is not None:
-        full = (*lead, *query.shape[-3:-2], query.shape[-2], key.shape[-2])
+        full = (*outer, query.shape[-2], key.shape[-2])
         _check_broadcast(attn_mask, full)
         bias, padding = _dense_mask(attn_mask, full, q)
         if padding is not None:
@@ -197,7 +194,7 @@ def scaled_dot_product_attention(  # noqa: PLR0913
     out = attention(
         q, k, v, mask, bias=bias, dropout_p=_plain("dropout_p", dropout_p), scale=_plain("scale", scale)
     )
-    return out.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
+    return out if len(outer) == 2 else out.reshape(*outer, *out.shape[-2:])
 
 
 def _check_sdpa(query: Any, key: Any, value: Any, attn_mask: Any, grouped: bool) -> None:
@@ -215,6 +212,19 @@ def _check_sdpa(query: Any, key: Any, value: Any, attn_mask: Any, grouped: bool)
         )
     if attn_mask is not None and attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ValueError(f"attn_mask: expected dtype bool or float, got {attn_mask.dtype}")
+
+
+def _same_dims(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> Any:
+    """The output's dimensions before its rows, and the three with four dimensions, broadcast as in torch."""
+    qs, ks, vs = query.shape, key.shape, value.shape
+    if len(qs) == len(ks) == len(vs) == 4 and qs[0] == ks[0] == vs[0] and ks[1] == vs[1]:
+        if grouped or qs[1] == ks[1]:  # nothing to broadcast: torch's function for that is slow
+            return qs[:2], query, key, value
+    lead = torch.broadcast_shapes(qs[:-3], ks[:-3], vs[:-3])
+    if not grouped and max(map(len, (qs, ks, vs))) > 2:
+        heads = torch.broadcast_shapes(qs[-3:-2], ks[-3:-2], vs[-3:-2])
+        query, key, value = (_expand_heads(x, heads) for x in (query, key, value))
+    return (*lead, *query.shape[-3:-2]), *(_four_dims(x, lead) for x in (query, key, value))
 
 
 def _check_broadcast(attn_mask: Tensor, full: tuple[int, ...]) -> None:

@@ -236,12 +236,17 @@ def plainly(*given: object) -> Iterator[None]:
     """For what is kept between calls: tensors made here are plain ones, whatever mode the caller is in. Fake
     ones, those of a tracer, of a transform of torch.func and of inference mode would serve no other caller.
     """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if not (transformed or has_modes() or torch.is_inference_mode_enabled()):  # mostly, and a stack is slow
+        with torch.no_grad():
+            yield
+        return
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         if has_modes():
             stack.enter_context(_disable_current_modes())
-        if torch._C._functorch.peek_interpreter_stack() is not None and not any(map(_is_wrapped, given)):
+        if transformed and not any(map(_is_wrapped, given)):
             stack.enter_context(torch._C._DisableFuncTorch())
         yield
 

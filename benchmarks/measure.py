@@ -13,6 +13,7 @@ Call = Callable[[], object]
 _GEMM, _GEMM_CUDA = 2048, 8192
 _FLUSHED = 256 << 20  # more bytes than any L2 cache holds
 _HEAD_START = 2_000_000  # cycles, about a millisecond
+_SETTLE, _TIMED = 10e-3, 5e-3  # seconds of short calls on the CPU, before and while they are timed
 
 
 @dataclass(frozen=True)
@@ -68,29 +69,34 @@ class Budget:
 
 
 def interleaved(calls: Mapping[str, Call], clock: Clock, budget: Budget) -> dict[str, Timing]:
-    """The timing of every call. Each round times every call, right after a call of its own that is not timed,
+    """The timing of every call. Each round times every call, right after calls of its own that are not timed,
     starting with another one each time.
     """
     names = list(calls)
-    repeats = {}
+    settle, repeats = {}, {}
     for name in names:
         once = clock.seconds(calls[name])  # first touch of memory, lazy initialisation
         if once < 0.05:
             once = clock.seconds(calls[name])
-        # On the CPU short calls are timed several at a time; a GPU's second call would find a warm cache.
-        repeats[name] = 1 if clock.cuda else max(1, min(1000, round(2e-3 / max(once, 1e-7))))
+        settle[name], repeats[name] = _calls_in(_SETTLE, once, clock), _calls_in(_TIMED, once, clock)
     samples: dict[str, list[float]] = {name: [] for name in names}
     hosts: dict[str, list[float]] = {name: [] for name in names}
     start, turn = time.perf_counter(), 0
     while turn < budget.least or (turn < budget.most and time.perf_counter() - start < budget.seconds):
         for n in range(len(names)):
             name = names[(n + turn) % len(names)]
-            calls[name]()  # what another left in caches, and memory that the system took back, are not timed
+            for _ in range(settle[name]):
+                calls[name]()  # what another left in caches, and memory that the system took back
             samples[name].append(clock.seconds(calls[name], repeats[name]))
             hosts[name] += [] if clock.host is None else [clock.host]
         turn += 1
     found = {name: summary(values) for name, values in samples.items()}
     return {n: replace(x, host=statistics.median(hosts[n]) if hosts[n] else None) for n, x in found.items()}
+
+
+def _calls_in(seconds: float, once: float, clock: Clock) -> int:
+    """How many calls fill that time on the CPU. On a GPU a second timed call would find a warm cache."""
+    return 1 if clock.cuda else max(1, min(1000, round(seconds / max(once, 1e-7))))
 
 
 def summary(values: list[float]) -> Timing:

@@ -1,5 +1,5 @@
-// Between torch's stable ABI and the kernels: boxed arguments in, Params out, outputs made. What every
-// device's entries share.
+// Between torch's stable ABI and the kernels: boxed arguments in, Params out. What every device's entries
+// share.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -7,14 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "outputs.h"
 #include "params.h"
 
 using torch::headeronly::ScalarType;
@@ -194,71 +191,6 @@ struct Call {
     p.lse_head = lse.dim() >= 2 ? lse.stride(lse.dim() - 2) : 0;
   }
 };
-
-// ---- outputs ----
-
-// Asks for large pages where memory is fresh and about to be written whole: Linux hands them out on request
-// only, unless told otherwise, and faults of 4 KB cost several times what the writing does. Only a hint.
-inline void prefer_large_pages(void* memory, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kLarge = uintptr_t(2) << 20;
-  const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (at + kLarge - 1) / kLarge * kLarge, end = (at + bytes) / kLarge * kLarge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                            ScalarType type, const Tensor& like) {
-  AtenTensorHandle handle;
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  device_type, like.get_device_index(), &handle));
-  const Tensor made(handle);
-  int64_t bytes;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
-  if (bytes > 0 && device_type == aoti_torch_device_type_cpu())
-    prefer_large_pages(made.mutable_data_ptr(), size_t(bytes));
-  return made;
-}
-
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = step;
-    step *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  return empty_strided(sizes, strides, type, like);
-}
-
-// Dense, with the dimensions in memory from outermost to innermost as `order` lists them.
-inline Tensor empty_ordered(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order,
-                            ScalarType type, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    strides[size_t(order[i])] = step;
-    step *= sizes[size_t(order[i])] > 1 ? sizes[size_t(order[i])] : 1;
-  }
-  return empty_strided(sizes, strides, type, like);
-}
-
-// A dense tensor of t's sizes whose dimensions lie in memory in the order of t's strides.
-inline Tensor empty_as(const Tensor& t) {
-  std::vector<int64_t> sizes, order;
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    sizes.push_back(t.size(i));
-    size_t at = order.size();
-    while (at > 0 && t.stride(order[at - 1]) < t.stride(i)) --at;
-    order.insert(order.begin() + int64_t(at), i);
-  }
-  return empty_ordered(sizes, order, t.scalar_type(), t);
-}
 
 inline void give(StableIValue* stack, int at, const Tensor& t) { stack[at] = torch::stable::detail::from(t); }
 

@@ -153,6 +153,19 @@ def test_rows_of_edges_are_asked_for() -> None:
             assert any(re.search(rf"\b({functions})\b", n) for n in asking[isa]), f"{isa}: {what}"
 
 
+def test_rows_are_written_past_the_caches() -> None:
+    """Sums that go to large results: stores that no result shows to be there."""
+    from saccade import _C
+
+    streaming = {
+        found[1]
+        for function in re.split(r"\n(?=[0-9a-f]+ <)", disassembled())
+        if (found := re.search(r"saccade::(\w+)::\(anonymous namespace\)::edge_sum", function.split("\n")[0]))
+        and re.search(r"\bv?movnt", function)
+    }
+    assert {"avx512", "avx2"} & set(_C.instruction_sets) <= streaming
+
+
 def test_the_instructions_meant_are_there() -> None:
     from saccade import _C
 

@@ -9,12 +9,14 @@ namespace {
 
 // Work items of passes over single edges.
 constexpr int64_t kEdgeItem = 4096;
+constexpr int64_t kNumbersAhead = 16;
 SACCADE_FORCE int64_t edge_items(const GatherParams& p) { return (p.edges + kEdgeItem - 1) / kEdgeItem; }
 
 template <typename T>
 struct EdgeNumbers {
   int64_t edges, pitch;  // of HeadLanes
-  T* pairs;              // [B][E][2][pitch]: weight after dropout; gradient of the bare score
+  T* weights;            // [B][E][pitch]: after dropout
+  T* grads;              // [B][E][pitch]: of the bare score
   T* logit;              // [B][E][pitch]: gradient of the natural logit, with edge_bias only
   T* pieces;             // cut rows
   double* dweight;       // partial gradients of the score's weight, [B x items][H][D]
@@ -32,7 +34,8 @@ struct EdgeNumbers {
     // Whole vectors are read from the last edge on.
     const int64_t numbers = p.batch * p.edges * pitch + kLanes<T>;
     const int64_t items = row_split<T>(p).items(), t_items = column_split<T>(p).items();
-    pairs = a.take<T>(2 * numbers);
+    weights = a.take<T>(numbers);
+    grads = a.take<T>(numbers);
     logit = a.take<T>(p.needs & kNeedEdgeBias ? numbers : 0);
     pieces = a.take<T>(p.batch * items * 2 * piece_size(p));
     dweight = a.take<double>(p.weight ? p.batch * items * p.heads * p.head_dim : 0);
@@ -41,7 +44,7 @@ struct EdgeNumbers {
         p.needs & kNeedEdgeQ ? edge_items(p) * p.joint_dim * p.heads * round_up(p.head_dim, kLanes<T>) : 0);
     edges = p.edges;
   }
-  T* of(int64_t b, int64_t edge) const { return pairs + 2 * (b * edges + edge) * pitch; }
+  int64_t at(int64_t b, int64_t edge) const { return (b * edges + edge) * pitch; }
 };
 
 // to[l] += v[l] of n lanes.
@@ -102,88 +105,114 @@ static void write_keys(const GatherParams& p, int64_t needs, int64_t b, int64_t 
     write_heads<T, S>(p.dv, b, key, p.heads_k, sums + p.heads_k * ldk, ldv, nullptr, p.head_dim_v);
 }
 
+// to[e] = all[edges[e]], P numbers each. No more than those is read: the line behind them was not asked for.
+template <int P, typename T>
+SACCADE_FORCE void collect_each(const T* all, const int64_t* edges, int64_t n, T* to) {
+  for (int64_t e = 0; e < n; ++e) memcpy(to + e * P, all + edges[e] * P, P * sizeof(T));
+}
+// The same of whole vectors.
+template <typename T>
+SACCADE_FORCE void collect_vectors(const T* all, const int64_t* edges, int64_t n, int64_t pitch, T* to) {
+  for (int64_t e = 0; e < n; ++e)
+    for (int64_t c = 0; c < pitch; c += kLanes<T>)
+      store(to + e * pitch + c, load(all + edges[e] * pitch + c));
+}
+
 // The pass over columns, with one thread's scratch: an edge's query and dout rows, and its numbers.
 template <typename T, typename S>
 struct ColumnPass {
   const GatherParams& p;
   HeadLanes<T> heads;
-  T *own, *key_rows, *pairs;  // the last [kEdgeLanes][2][pitch]
-  HeadRows<T> keys{};         // of additive scores without slopes, as is `joint`
+  T *own, *key_rows;
+  T *weights, *grads;  // [kEdgeLanes][pitch]
+  HeadRows<T> keys{};  // of additive scores without slopes, as is `joint`
   JointFeatures<T> joint;
   int64_t ldk, ldv;
-  bool live, far;
+  bool live, far, stream_k, stream_v;
 
   ColumnPass(const GatherParams& params, Arena& a)
       : p(params),
         heads(params),
         joint(params, a, params.score == Score::kAdditive ? kEdgeLanes : 0),
         live(all_edges_live(params)),
-        far(rows_outgrow(kNearBytes, params, params.seqlen_q, params.heads)) {
+        far(rows_outgrow(kNearBytes, params, params.seqlen_q, params.heads)),
+        stream_k(streams(params.dk, params.batch, params.seqlen_k, params.heads_k, params.head_dim)),
+        stream_v(streams(params.dv, params.batch, params.seqlen_k, params.heads_k, params.head_dim_v)) {
     ldk = round_up(p.head_dim, kLanes<T>);
     ldv = round_up(p.head_dim_v, kLanes<T>);
     own = a.take<T>(EdgeNumbers<T>::column_size(p));
     key_rows = a.take<T>(p.heads_k * ldk);
-    pairs = a.take<T>(2 * kEdgeLanes * heads.pitch + kLanes<T>);
+    weights = a.take<T>(kEdgeLanes * heads.pitch + kLanes<T>);
+    grads = a.take<T>(kEdgeLanes * heads.pitch + kLanes<T>);
   }
 
   // The edges of one piece join the sums of their key: dK of all heads, dV, or both.
   template <int64_t Needs>
-  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, T* dk, T* dv) {
+  void piece(int64_t b, RowSplit::Piece piece, const EdgeNumbers<T>& numbers, SumRow<T> dk, SumRow<T> dv) {
     if (Needs & kNeedK && p.score != Score::kDot && !numbers.slopes.kept)
       keys = read_heads<T, S>(p.k, b, piece.row, p.heads_k, p.head_dim, key_rows);
     if (piece.begin == piece.end) {
-      if (Needs & kNeedK) memset(dk, 0, size_t(p.heads_k * ldk) * sizeof(T));
-      if (Needs & kNeedV) memset(dv, 0, size_t(p.heads_k * ldv) * sizeof(T));
+      if (Needs & kNeedK) memset(dk.at, 0, size_t(p.heads_k * ldk) * sizeof(T));
+      if (Needs & kNeedV) memset(dv.at, 0, size_t(p.heads_k * ldv) * sizeof(T));
     }
     for (int64_t at = piece.begin; at < piece.end; at += kEdgeLanes) {
-      collect(b, at, min64(kEdgeLanes, piece.end - at), numbers, Needs & kNeedK && numbers.slopes.kept);
+      const int64_t n = min64(kEdgeLanes, piece.end - at);
       if constexpr (Needs & kNeedK) {
-        const T* grads = pairs + heads.pitch;
+        collect(b, at, n, numbers, numbers.grads, grads, numbers.slopes.kept);
         if (p.score == Score::kDot)
           add_rows(b, at, piece, p.q, p.head_dim, grads, dk, ldk);
         else if (numbers.slopes.kept)
-          add_slopes(b, at, piece, numbers.slopes, grads, dk);
+          add_slopes(b, at, piece, numbers.slopes, dk.at);
         else
-          add_additive(b, at, piece, grads, dk);
+          add_additive(b, at, piece, dk.at);
       }
-      if constexpr (Needs & kNeedV) add_rows(b, at, piece, p.dout, p.head_dim_v, pairs, dv, ldv);
+      if constexpr (Needs & kNeedV) {
+        collect(b, at, n, numbers, numbers.weights, weights, false);
+        add_rows(b, at, piece, p.dout, p.head_dim_v, weights, dv, ldv);
+      }
     }
   }
 
  private:
-  // The numbers of these edges side by side; those of the next are asked for. Each edge's last vector may
-  // reach into the next edge, which is written after it.
-  SACCADE_APART void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers, bool slopes) {
-    const int64_t step = 2 * heads.pitch, ahead = min64(n, p.edges - at - kEdgeLanes);
-    for (int64_t e = 0; e < n; ++e) {
-      const T* from = numbers.of(b, p.t_edges[at + e]);
-      for (int64_t c = 0; c < step; c += kLanes<T>) store(pairs + e * step + c, load(from + c));
-    }
+  // The numbers of these edges side by side, from all of their kind; those of the next are asked for. Each
+  // edge's last vector may reach into the next edge, which is written after it.
+  SACCADE_APART void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers, const T* all,
+                             T* to, bool slopes) {
+    const int64_t pitch = heads.pitch, ahead = min64(n, p.edges - at - kNumbersAhead);
+    const int64_t* const edges = p.t_edges + at;
+    const T* const first = all + numbers.at(b, 0);
+    pitch == 1   ? collect_each<1>(first, edges, n, to)
+    : pitch == 2 ? collect_each<2>(first, edges, n, to)
+    : pitch == 4 ? collect_each<4>(first, edges, n, to)
+    : pitch == 8 ? collect_each<8>(first, edges, n, to)
+                 : collect_vectors(first, edges, n, pitch, to);
     for (int64_t e = 0; e < ahead; ++e) {
-      const int64_t edge = p.t_edges[at + kEdgeLanes + e];
-      prefetch(numbers.of(b, edge));
+      const int64_t edge = p.t_edges[at + kNumbersAhead + e];
+      prefetch(all + numbers.at(b, edge));
       if (slopes) prefetch(numbers.slopes.of(b, edge));
     }
   }
   // sums[k] += the edges' rows of x, of every head of key head k, by their weights; a head's first rows are
   // written, not added.
   SACCADE_APART void add_rows(int64_t b, int64_t at, RowSplit::Piece piece, const Rows& x, int64_t d,
-                              const T* weights, T* sums, int64_t ld) {
+                              const T* numbers, SumRow<T> sums, int64_t ld) {
     const int64_t n = min64(kEdgeLanes, piece.end - at);
     const RowsAhead ask(far, x, b, p.heads, d, p.t_rows, at, n, p.edges);
     const EdgeRows<S> rows(x, b, p.t_rows + at, n);
     for (int64_t e = 0; e < ask.n; ++e) ask(e);
-    edge_sums<true>(heads, live, sums, ld, at == piece.begin, rows, n, d, weights, 2 * heads.pitch);
+    const bool first = at == piece.begin;
+    const Sum kind = sum_from(first, sums.stream && first && at + n == piece.end);
+    edge_sums<true>(heads, live, sums.at, ld, kind, rows, n, d, numbers, heads.pitch);
   }
-  void add_slopes(int64_t b, int64_t at, RowSplit::Piece piece, const Slopes<T>& all, const T* grads, T* dk) {
+  void add_slopes(int64_t b, int64_t at, RowSplit::Piece piece, const Slopes<T>& all, T* dk) {
     const int64_t n = min64(kEdgeLanes, piece.end - at);
     const MaskBits<T>* slopes[kEdgeLanes];
     for (int64_t e = 0; e < n; ++e) slopes[e] = all.of(b, p.t_edges[at + e]);
     for (int64_t h = 0; h < p.heads; ++h)
       all.add(p, h, slopes, n, at == piece.begin && heads.opens(h), dk + heads.key(h) * ldk, grads + h,
-              2 * heads.pitch);
+              heads.pitch);
   }
-  void add_additive(int64_t b, int64_t at, RowSplit::Piece piece, const T* grads, T* dk) {
+  void add_additive(int64_t b, int64_t at, RowSplit::Piece piece, T* dk) {
     const int64_t n = min64(kEdgeLanes, piece.end - at);
     const EdgeRows<S> queries(p.q, b, p.t_rows + at, n);
     const RowsAhead ask(far, p.q, b, p.heads, p.head_dim, p.t_rows, at, n, p.edges);
@@ -193,7 +222,7 @@ struct ColumnPass {
                    [&](int64_t e) { return edge_id(p, p.t_edges[at + e]); });
     for (int64_t h = 0; h < p.heads; ++h)
       additive_edge_gradient<T, S>(p, h, own, queries, h, n, at == piece.begin && heads.opens(h),
-                                   dk + heads.key(h) * ldk, nullptr, grads + h, 2 * heads.pitch);
+                                   dk + heads.key(h) * ldk, nullptr, grads + h, heads.pitch);
   }
 };
 
@@ -213,10 +242,12 @@ static void gather_columns_item(const GatherParams& p, int64_t item, char* scrat
         entire && Needs & kNeedK ? sums_in_place<T, S>(p.dk, b, piece.row, p.heads_k, p.head_dim) : nullptr;
     T* const dv =
         entire && Needs & kNeedV ? sums_in_place<T, S>(p.dv, b, piece.row, p.heads_k, p.head_dim_v) : nullptr;
-    pass.template piece<Needs>(b, piece, numbers, dk ? dk : sums, dv ? dv : sums + p.heads_k * pass.ldk);
+    pass.template piece<Needs>(b, piece, numbers, {dk, sums, pass.stream_k},
+                               {dv, sums + p.heads_k * pass.ldk, pass.stream_v});
     const int64_t apart = (dk ? 0 : Needs & kNeedK) | (dv ? 0 : Needs & kNeedV);
     if (entire) write_keys<T, S>(p, apart, b, piece.row, sums, pass.ldk, pass.ldv);
   });
+  stream_fence();
 }
 
 template <typename T, typename S>

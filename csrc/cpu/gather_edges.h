@@ -67,7 +67,7 @@ struct FeaturePass {
       read_grad.read(p.dout_edge, b, g.rows, g.n, grad);
       for (int64_t e = 0; e < g.n; ++e)
         for (int64_t c = 0; c < lde; c += kLanes<T>)
-          add(numbers.of(b, g.begin + e), numbers.pitch, query.of(e), grad.of(e), c, sums + e * lde + c);
+          add(numbers, numbers.at(b, g.begin + e), query.of(e), grad.of(e), c, sums + e * lde + c);
     }
     for (int64_t e = 0; e < g.n; ++e)
       memcpy(static_cast<T*>(p.dedge_x) + g.id(e) * p.edge_dim, sums + e * lde,
@@ -76,12 +76,12 @@ struct FeaturePass {
 
  private:
   // A vector of one edge's. Of a masked edge, whose query may be NaN, nothing.
-  SACCADE_MEMBER void add(const T* pair, int64_t pitch, HeadRows<T> query, HeadRows<T> grad, int64_t c,
-                          T* to) {
+  SACCADE_MEMBER void add(const EdgeNumbers<T>& numbers, int64_t at, HeadRows<T> query, HeadRows<T> grad,
+                          int64_t c, T* to) {
     Vec<T> sum = load(to);
     for (int64_t h = 0; h < p.heads; ++h) {
-      sum = add_edge<false>(sum, pair[pitch + h], load(query[h] + c));
-      sum = add_edge<false>(sum, pair[h], load(grad[h] + c));
+      sum = add_edge<false>(sum, numbers.grads[at + h], load(query[h] + c));
+      sum = add_edge<false>(sum, numbers.weights[at + h], load(grad[h] + c));
     }
     store(to, sum);
   }

@@ -31,12 +31,14 @@ struct ForwardPass {
   T *logits, *weights;
   int32_t* rows;
   EdgeGroup edges;
+  bool stream;
 
   ForwardPass(const GatherParams& params, Arena& a)
       : p(params),
         w(params, a, kEdgeLanes),
         own(params, a.take<T>(GatherState<T>::size(params))),
-        edges{&p, 0, 0, 0, nullptr} {
+        edges{&p, 0, 0, 0, nullptr},
+        stream(streams(p.out, p.batch, p.seqlen_q, p.heads, p.head_dim_v)) {
     const int64_t most = row_split<T>(p).step;
     logits = a.take<T>(w.heads.size(most) + kLanes<T>);
     weights = a.take<T>(w.heads.size(most) + kLanes<T>);
@@ -60,11 +62,11 @@ struct ForwardPass {
     }
   }
   // O and E of the rows or pieces of rows from the weights of their edges.
-  void sum_values(RowSplit::Piece piece, T* O, int64_t ldo, T* E) {
+  void sum_values(RowSplit::Piece piece, SumRow<T> O, int64_t ldo, T* E) {
     const int64_t first = piece.begin - edges.begin;
     const EdgeGroup all = edges.part(first, piece.end - piece.begin);
     if (all.n == 0) {
-      memset(O, 0, size_t(p.heads * ldo) * sizeof(T));
+      memset(O.at, 0, size_t(p.heads * ldo) * sizeof(T));
       memset(E, 0, size_t(p.heads * w.lde) * sizeof(T));
     }
     for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
@@ -73,11 +75,12 @@ struct ForwardPass {
       const T* weight = weights + (first + at) * w.heads.pitch;
       const RowsAhead ask(w.far, p.v, g.b, p.heads_k, p.head_dim_v, p.indices, g.begin, g.n, p.edges);
       for (int64_t e = 0; e < ask.n; ++e) ask(e);
-      edge_sums<false>(w.heads, w.live, O, ldo, at == 0, values, g.n, p.head_dim_v, weight, w.heads.pitch);
+      const Sum kind = sum_from(at == 0, O.stream && g.n == all.n);
+      edge_sums<false>(w.heads, w.live, O.at, ldo, kind, values, g.n, p.head_dim_v, weight, w.heads.pitch);
       if (!p.edge_dim) continue;
       w.read_features(g);
-      edge_sums<false>(w.heads, w.live, E, w.lde, at == 0, w.features.rows, g.n, p.edge_dim, weight,
-                       w.heads.pitch);
+      edge_sums<false>(w.heads, w.live, E, w.lde, sum_from(at == 0, false), w.features.rows, g.n, p.edge_dim,
+                       weight, w.heads.pitch);
     }
   }
 };
@@ -142,12 +145,13 @@ static void gather_forward_item(const GatherParams& p, int64_t item, char* scrat
     const bool entire = piece.first && piece.last;
     const GatherState<T> state = state_of(piece);
     T* const place = entire ? sums_in_place<T, S>(p.out, b, piece.row, p.heads, p.head_dim_v) : nullptr;
-    pass.sum_values(piece, place ? place : state.O, state.ldo, state.E);
+    pass.sum_values(piece, {place, state.O, pass.stream}, state.ldo, state.E);
     if (entire && !place)
       write_heads<T, S>(p.out, b, piece.row, p.heads, state.O, state.ldo, nullptr, p.head_dim_v);
     if (entire && p.edge_dim)
       write_heads<T, S>(p.out_edge, b, piece.row, p.heads, state.E, state.lde, nullptr, p.edge_dim);
   });
+  stream_fence();
 }
 
 // Normalises and writes a row.

@@ -51,7 +51,7 @@ struct JointPass {
       if (!slopes.kept) read_rows(b, g);
       for (int64_t e = 0; e < g.n; ++e)
         for (int64_t h = 0; h < p.heads; ++h) {
-          const T grad = numbers.of(b, g.begin + e)[heads.pitch + h];
+          const T grad = numbers.grads[numbers.at(b, g.begin + e) + h];
           if (grad == T(0)) continue;
           live[e] = true;
           add_edge_gradient(slopes, b, g.begin + e, e, h, grad);

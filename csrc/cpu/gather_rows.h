@@ -53,9 +53,10 @@ struct RowPass {
   T *q_rows, *own, *lse, *low, *delta;                   // the last three [kBlockEdges][pitch], of runs
   T *s, *dP, *high_of, *low_of, *delta_of, *drop, *cap;  // [kBlockEdges][pitch], of edges
   T* nothing;                                            // zeros, as `own`
-  T* numbers;                                            // [kBlockEdges][2][pitch]
+  T* grads;                                              // of bare scores, as these
   EdgeBlock block;
   int64_t ldq;
+  bool stream;
   WeightOf<T> weight_of{false, T(1)};  // edges carry natural logits
 
   RowPass(const GatherParams& params, Arena& a)
@@ -63,7 +64,8 @@ struct RowPass {
         w(params, a, kBlockEdges),
         each(params),
         read_dout(a, w.own_beyond, p.heads, p.head_dim_v),
-        read_dout_edge(a, w.own_beyond, p.heads, p.edge_dim) {
+        read_dout_edge(a, w.own_beyond, p.heads, p.edge_dim),
+        stream(streams(p.dq, p.batch, p.seqlen_q, p.heads, p.head_dim)) {
     const int64_t pairs = w.heads.size(kBlockEdges) + kLanes<T>;
     each.heads_k = p.heads, each.group = 1;
     ldq = round_up(p.head_dim, kLanes<T>);
@@ -74,7 +76,7 @@ struct RowPass {
     for (T** x : arrays) *x = a.take<T>(pairs);
     drop = a.take<T>(p.dropout_p > 0 ? pairs : 0);
     cap = a.take<T>(p.softcap != 0 ? pairs : 0);
-    numbers = a.take<T>(2 * pairs);
+    grads = a.take<T>(pairs);
     if (!a.base) return;
     memset(lse, 0, size_t(pairs) * sizeof(T));
     memset(low, 0, size_t(pairs) * sizeof(T));
@@ -82,7 +84,7 @@ struct RowPass {
   }
   EdgeGroup edges(int64_t b) const { return {&p, b, block.begin, block.n, block.rows}; }
 
-  // dP of the block, to where a pass over keys will find it: the block's numbers begin with it.
+  // dP of the block, to where a pass over keys will find it: in place of the weights.
   void value_block(int64_t b, const EdgeNumbers<T>& to) {
     const EdgeGroup all = edges(b);
     for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
@@ -90,7 +92,7 @@ struct RowPass {
       w.read_features(g);
       value_dots(g, dP + at * w.heads.pitch);
     }
-    copy_numbers(to.of(b, block.begin), dP, block.n * w.heads.pitch);
+    copy_numbers(to.weights + to.at(b, block.begin), dP, block.n * w.heads.pitch);
   }
 
   // The numbers of the block's edges.
@@ -99,7 +101,8 @@ struct RowPass {
     const int64_t pairs = block.n * heads.pitch;
     const EdgeGroup all = edges(b);
     if (is_softmax(p)) find_lse(b);
-    if (w.far) copy_numbers(dP, to.of(b, block.begin), pairs);
+    const int64_t place = to.at(b, block.begin);
+    if (w.far) copy_numbers(dP, to.weights + place, pairs);
     for (int64_t at = 0; at < block.n; at += kEdgeLanes) {
       const EdgeGroup g = all.part(at, kEdgeLanes);
       w.read_features(g);
@@ -114,38 +117,39 @@ struct RowPass {
     find_weights(heads.size(block.n));
     if (is_softmax(p)) find_delta(b);
     find_gradients(heads.size(block.n));
-    copy_numbers(to.of(b, block.begin), numbers, 2 * pairs);
-    if (p.needs & kNeedEdgeBias)
-      copy_numbers(to.logit + (b * p.edges + block.begin) * heads.pitch, dP, pairs);
+    copy_numbers(to.weights + place, s, pairs);
+    copy_numbers(to.grads + place, grads, pairs);
+    if (p.needs & kNeedEdgeBias) copy_numbers(to.logit + place, dP, pairs);
   }
 
   // Run r's part of dQ (and of the edge queries' gradient, behind it).
-  void add_queries(int64_t b, int64_t r, T* dq, double* dW) {
+  void add_queries(int64_t b, int64_t r, SumRow<T> sums, double* dW) {
     const HeadLanes<T>& heads = w.heads;
     const RowSplit::Piece& run = block.piece[r];
     const EdgeGroup all = edges(b).part(run.begin - block.begin, run.end - run.begin);
-    T* dqe = dq + p.heads * ldq;
+    T *const dq = sums.at, *const dqe = dq + p.heads * ldq;
     HeadRows<T> q{};
     if (p.score != Score::kDot && !p.joint_dim)
       q = read_heads<T, S>(p.q, b, run.row, p.heads, p.head_dim, q_rows);
     for (int64_t at = 0; at < all.n; at += kEdgeLanes) {
       const EdgeGroup g = all.part(at, kEdgeLanes);
       const EdgeRows<S> keys(p.k, b, p.indices + g.begin, g.n);
-      const T* grads = numbers + (2 * (g.begin - block.begin) + 1) * heads.pitch;
+      const T* const by = grads + (g.begin - block.begin) * heads.pitch;
       const bool fresh = run.first && at == 0;
       if (p.score != Score::kDot) {
         const JointRows<T> rows =
             p.joint_dim ? w.joint.joined(g.begin - block.begin, g.n) : JointRows<T>{same_rows(q), 1};
         for (int64_t h = 0; h < p.heads; ++h)
           additive_edge_gradient<T, S>(p, h, rows, keys, heads.key(h), g.n, fresh, dq + h * ldq,
-                                       dW + h * p.head_dim, grads + h, 2 * heads.pitch);
+                                       dW + h * p.head_dim, by + h, heads.pitch);
         continue;
       }
-      edge_sums<false>(heads, w.live, dq, ldq, fresh, keys, g.n, p.head_dim, grads, 2 * heads.pitch);
+      const bool only = sums.stream && run.first && run.last && g.n == all.n;
+      edge_sums<false>(heads, w.live, dq, ldq, sum_from(fresh, only), keys, g.n, p.head_dim, by, heads.pitch);
       if (!p.edge_dim) continue;
       w.read_features(g);
-      edge_sums<false>(heads, w.live, dqe, w.lde, fresh, w.features.rows, g.n, p.edge_dim, grads,
-                       2 * heads.pitch);
+      edge_sums<false>(heads, w.live, dqe, w.lde, sum_from(fresh, false), w.features.rows, g.n, p.edge_dim,
+                       by, heads.pitch);
     }
   }
 
@@ -225,33 +229,26 @@ struct RowPass {
       if (p.dropout_p > 0) store(dP + c, load(dP + c) * load(drop + c));
     }
   }
-  // From these: weights after dropout and gradients of the bare score, edge by edge, into `numbers`; dP
-  // becomes the gradient of the logit. Exactly 0 where a weight is.
+  // From these: weights after dropout, gradients of the bare score, and dP becomes that of the logit. Exactly
+  // 0 where a weight is.
   void find_gradients(int64_t size) {
-    constexpr int L = kLanes<T>;
-    const int64_t pitch = w.heads.pitch;
     const Vec<T> none{};
-    for (int64_t c = 0; c < size; c += L) {
-      Vec<T> weight = load(s + c), grad = load(dP + c);
+    for (int64_t c = 0; c < size; c += kLanes<T>) {
+      const Vec<T> weight = load(s + c);
+      Vec<T> grad = load(dP + c);
       if (is_softmax(p))
         grad = weight * (grad - load(delta_of + c));
       else if (p.activation == Activation::kSigmoid)
         grad = weight * (T(1) - weight) * grad;
       grad = weight == T(0) ? none : grad;
-      if (p.dropout_p > 0) weight = weight * load(drop + c);
+      if (p.dropout_p > 0) store(s + c, weight * load(drop + c));
       store(dP + c, grad);
       Vec<T> raw = grad * T(p.scale);
       if (p.softcap != 0) {
         const Vec<T> t = load(cap + c);
         raw = raw == T(0) ? none : raw * (T(1) - t * t);  // a masked edge's t may be NaN
       }
-      if (pitch < L) {
-        store_blocks<T>(numbers + 2 * c, weight, raw, pitch);
-      } else {
-        T* const to = numbers + 2 * (c - c % pitch) + c % pitch;
-        store(to, weight);
-        store(to + pitch, raw);
-      }
+      store(grads + c, raw);
     }
   }
 };
@@ -304,12 +301,13 @@ static void gather_rows_item(const GatherParams& p, int64_t item, char* scratch,
       T* const place = entire && p.edge_dim == 0 && p.needs & kNeedQ
                            ? sums_in_place<T, S>(p.dq, b, row, p.heads, p.head_dim)
                            : nullptr;
-      T* const dq = place ? place : sums_of(row);
-      pass.add_queries(b, r, dq, dW);
+      const SumRow<T> sums{place, sums_of(row), pass.stream};
+      pass.add_queries(b, r, sums, dW);
       if (entire && !place && pass.block.piece[r].last)
-        write_queries<T, S>(p, b, row, dq, pass.ldq, pass.w.lde);
+        write_queries<T, S>(p, b, row, sums.at, pass.ldq, pass.w.lde);
     }
   });
+  stream_fence();
 }
 
 template <typename T, typename S>

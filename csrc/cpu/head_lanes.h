@@ -43,26 +43,6 @@ SACCADE_FORCE Vec<T> fold_heads(Vec<T> v, int64_t pitch, F f) {
   return v;
 }
 
-// Blocks of `pitch` lanes, by turns from a and from b: 2 L numbers.
-template <typename T, int S, int... I>
-SACCADE_FORCE Vec<T> blocks_low(Vec<T> a, Vec<T> b, Seq<I...>) {
-  return __builtin_shufflevector(a, b, ((I / (2 * S)) * S + I % S + (I & S ? kLanes<T> : 0))...);
-}
-template <typename T, int S, int... I>
-SACCADE_FORCE Vec<T> blocks_high(Vec<T> a, Vec<T> b, Seq<I...>) {
-  return __builtin_shufflevector(a, b,
-                                 ((I / (2 * S)) * S + I % S + (I & S ? kLanes<T> : 0) + kLanes<T> / 2)...);
-}
-template <typename T, int S = kLanes<T> / 2>
-SACCADE_FORCE void store_blocks(T* to, Vec<T> a, Vec<T> b, int64_t pitch) {
-  using All = typename MakeSeq<kLanes<T>>::type;
-  if constexpr (S > 0) {
-    if (S != pitch) return store_blocks<T, S / 2>(to, a, b, pitch);
-    store(to, blocks_low<T, S>(a, b, All{}));
-    store(to + kLanes<T>, blocks_high<T, S>(a, b, All{}));
-  }
-}
-
 // The first `pitch` lanes, again and again.
 template <typename T, int S = kLanes<T> / 2>
 SACCADE_FORCE Vec<T> repeat_heads(Vec<T> v, int64_t pitch) {

@@ -68,6 +68,23 @@ template <typename T>
 SACCADE_FORCE void store(T* p, Vec<T> v) {
   memcpy(p, &v, sizeof v);
 }
+// To memory, past the caches, which then need not read what is overwritten; p lies on a vector's boundary.
+// Others see it after a fence.
+template <typename T>
+SACCADE_FORCE void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), __m512i(v));
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), __m256i(v));
+#else
+  store(p, v);
+#endif
+}
+SACCADE_FORCE void stream_fence() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
 template <typename T>
 SACCADE_FORCE Vec<T> splat(T x) {
   return Vec<T>{} + x;

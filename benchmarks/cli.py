@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import machine, memory, plots, report
+from .apart import apart
 from .cases import DTYPES, Group
 from .console import Console
 from .measure import Budget, Clock, Peak
@@ -21,6 +22,7 @@ from .runner import Plan, Row, add_ratios, measure_case, summarise
 from .suites import SUITES, Part
 
 QUICK = Budget(0.15, 3, 10)
+APART = True  # each case on the CPU in a process of its own
 INTERRUPTED = 130  # the exit status of a program that SIGINT ended
 
 
@@ -29,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     suites = "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items())
     made = argparse.ArgumentParser(
         prog="python -m saccade bench",
-        description="Times attention beside its peers in one process. Every result is checked against "
-        "fp64 before its time is printed.",
+        description="Times attention beside its peers, each case in one process. Every result is checked "
+        "against fp64 before its time is printed.",
     )
     made.add_argument("--suite", choices=list(SUITES), default="attention", help=suites)
     made.add_argument(
@@ -213,15 +215,30 @@ def _measured(
 ) -> list[Row] | None:
     """The rows of a case. None where a GPU has failed: it answers nothing more, what it said is kept."""
     console.step(f"{group.name}: {case.name}")
+    clock, peak = clocks
     try:
-        return list(measure_case(part.work(case, plan.device, plan.excluded), group, plan, *clocks))
+        if clock.cuda or not APART:
+            return list(measure_case(part.work(case, plan.device, plan.excluded), group, plan, clock, peak))
+        rows, best = apart(_rows_and_peak, part, group, case, plan, torch.get_num_threads())
+        peak.join(best)
+        return rows
     except Exception as error:
-        if not clocks[0].cuda:
+        if not clock.cuda:
             raise
         console.print(f"stopped at {group.name}: {case.name}: {type(error).__name__}: {error}")
         return None
     finally:
         console.step(f"{group.name}: {case.name}", advance=1)
+
+
+def _rows_and_peak(
+    part: Part, group: Group, case: Any, plan: Plan, threads: int
+) -> tuple[list[Row], dict[torch.dtype, float]]:
+    torch.set_num_threads(threads)
+    clock = Clock(plan.device)
+    peak = Peak(clock, plan.device)
+    work = part.work(case, plan.device, plan.excluded)
+    return list(measure_case(work, group, plan, clock, peak)), peak.best
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Peak:
     def __init__(self, clock: Clock, device: str) -> None:
         self._clock, self._device, self.size = clock, device, _GEMM_CUDA if clock.cuda else _GEMM
         self._operands: dict[torch.dtype, torch.Tensor] = {}
-        self._best: dict[torch.dtype, float] = {}
+        self.best: dict[torch.dtype, float] = {}  # operations per second
 
     def sample(self, dtype: torch.dtype) -> None:
         """Measure once more."""
@@ -126,12 +126,17 @@ class Peak:
                 self.sample(dtype)
         x = self._operands[dtype]
         rate = 2 * self.size**3 / self._clock.seconds(lambda: torch.mm(x, x))
-        self._best[dtype] = max(rate, self._best.get(dtype, 0.0))
+        self.join({dtype: rate})
+
+    def join(self, rates: Mapping[torch.dtype, float]) -> None:
+        """Take in what was measured elsewhere."""
+        for dtype, rate in rates.items():
+            self.best[dtype] = max(rate, self.best.get(dtype, 0.0))
 
     def rate(self, dtype: torch.dtype) -> float:
         """Floating-point operations per second; 0 when it was never measured."""
-        return self._best.get(dtype, 0.0)
+        return self.best.get(dtype, 0.0)
 
     def rates(self) -> dict[str, float]:
         """GFLOP/s by dtype, for the result file."""
-        return {str(dtype).removeprefix("torch."): round(rate / 1e9, 1) for dtype, rate in self._best.items()}
+        return {str(dtype).removeprefix("torch."): round(rate / 1e9, 1) for dtype, rate in self.best.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import statistics
 from dataclasses import replace
@@ -14,10 +15,11 @@ import pytest
 import saccade
 import torch
 from saccade.benchmarks import cases, cli, machine, memory, peers, suites
+from saccade.benchmarks.apart import apart
 from saccade.benchmarks.attention import AttentionWork
 from saccade.benchmarks.cases import FORWARD, TRAIN, Case, Group, ModuleCase, square
 from saccade.benchmarks.check import Oracle, of_inputs
-from saccade.benchmarks.measure import Budget, Clock, interleaved, summary
+from saccade.benchmarks.measure import Budget, Clock, Peak, interleaved, summary
 from saccade.benchmarks.modules import ModuleWork
 from saccade.benchmarks.peers import SEED, Inputs
 from saccade.benchmarks.runner import Plan, add_ratios, measure_case, summarise
@@ -204,6 +206,7 @@ def test_no_number_without_a_right_result(
         return lambda: [1.01 * x for x in right()]
 
     monkeypatch.setitem(peers.PROVIDERS, "saccade", peers.Provider(wrong))
+    monkeypatch.setattr(cli, "APART", False)
     status, content, _ = run(tmp_path, "--only", "molecules")
     assert status == 1
     mine = [r for r in content["rows"] if r["provider"] == "saccade"]
@@ -291,6 +294,7 @@ def test_what_was_measured_before_an_interrupt_is_kept(
     tiny = Group("tiny", (replace(SMALL, name="molecules-23"), replace(SMALL, name="other")), "sdpa")
     suite = suites.Suite("", (suites.Part(AttentionWork, lambda: [tiny]),), Budget(0.0, 2, 2), memory=True)
     monkeypatch.setitem(suites.SUITES, "attention", suite)
+    monkeypatch.setattr(cli, "APART", False)
     monkeypatch.setattr(cli, "measure_case", measure)
     monkeypatch.setattr(memory, "measure", never)
     status, content, rows = run(tmp_path)
@@ -314,3 +318,17 @@ def test_no_memory_case_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SACCADE_OPS_LIBRARY", "/nonexistent")
     row = memory.measure(square("w", 512, heads=1, heads_k=1, window=(9, 9)), TRAIN, "saccade", 1, "cpu")
     assert "only the reference backend" in row["absent"], row
+
+
+def test_each_case_has_a_process_of_its_own() -> None:
+    first, second = apart(os.getpid), apart(os.getpid)
+    assert len({first, second, os.getpid()}) == 3
+    with pytest.raises(ZeroDivisionError):
+        apart(divmod, 1, 0)
+
+
+def test_the_best_matrix_product_is_kept() -> None:
+    peak = Peak(Clock("cpu"), "cpu")
+    peak.join({torch.float32: 3e9, torch.bfloat16: 5e9})
+    peak.join({torch.float32: 2e9})
+    assert peak.rate(torch.float32) == 3e9 and peak.rates() == {"float32": 3.0, "bfloat16": 5.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -96,7 +97,7 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, budget: Budget) -> dict
 
 def _calls_in(seconds: float, once: float, clock: Clock) -> int:
     """How many calls fill that time on the CPU. On a GPU a second timed call would find a warm cache."""
-    return 1 if clock.cuda else max(1, min(1000, round(seconds / max(once, 1e-7))))
+    return 1 if clock.cuda else min(1000, math.ceil(seconds / max(once, 1e-7)))
 
 
 def summary(values: list[float]) -> Timing:

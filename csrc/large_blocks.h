@@ -1,7 +1,7 @@
 // Memory of large results on the CPU that is used again. malloc gives blocks of 32 MB and more back to the
 // system as they are freed, and the next one costs a page fault and a page of zeros for each of its pages.
 // Here they are kept, marked as what the system may take as soon as it wants memory (MADV_FREE): nobody runs
-// short for them, and what was not taken is there again without a fault.
+// short of memory for them, and what was not taken is there again without a fault.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <mutex>
@@ -58,10 +59,10 @@ class LargeBlocks {
     return fresh;
   }
   void give_back(void* at, size_t size) {
-    // A block that cannot be marked is not kept, nor one that comes while another thread is here: a lock that
-    // was held when the process forked would be held for ever.
+    const bool marked = size <= limit_ && madvise(at, size, MADV_FREE) == 0;
+    // Nobody waits for the lock: one that was held when the process forked would be held for ever.
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock || size > limit_ || madvise(at, size, MADV_FREE) != 0) {
+    if (!lock || !marked) {
       munmap(at, size);
       return;
     }
@@ -79,18 +80,21 @@ class LargeBlocks {
   LargeBlocks() {
     const char* asked = std::getenv("SACCADE_KEEP_MEMORY");
     const long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
-    if (pages > 0 && bytes > 0 && !(asked && std::strcmp(asked, "0") == 0))
+    rlimit space{};  // of addresses, where the system cannot take anything
+    const bool scarce = getrlimit(RLIMIT_AS, &space) == 0 && space.rlim_cur != RLIM_INFINITY;
+    if (pages > 0 && bytes > 0 && !scarce && !(asked && std::strcmp(asked, "0") == 0))
       limit_ = size_t(pages) / 8 * size_t(bytes);
   }
 
-  // The smallest block kept that is large enough, and not by more than a quarter.
+  // The smallest block kept that is large enough, and not by more than a quarter; of equals the last one
+  // freed, of which most is there.
   void* kept(size_t& size) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     size_t best = blocks_.size();
     for (size_t i = 0; i < blocks_.size(); ++i)
       if (blocks_[i].size >= size && blocks_[i].size <= size + size / 4 &&
-          (best == blocks_.size() || blocks_[i].size < blocks_[best].size))
+          (best == blocks_.size() || blocks_[i].size <= blocks_[best].size))
         best = i;
     if (best == blocks_.size()) return nullptr;
     const Block found = blocks_[best];

@@ -212,16 +212,16 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const bool on_cpu = device_type == aoti_torch_device_type_cpu();
-  size_t bytes = aoti_torch_dtype_element_size(dtype) * extent(sizes, strides);
-  if (on_cpu && LargeBlocks::all().serves(bytes))
-    if (void* const memory = LargeBlocks::all().take(bytes)) {
-      const auto free = [](void* at, void* size) {
-        LargeBlocks::all().give_back(at, reinterpret_cast<size_t>(size));
+  const size_t bytes = aoti_torch_dtype_element_size(dtype) * extent(sizes, strides);
+  if (size_t size = bytes; on_cpu && LargeBlocks::all().serves(bytes))
+    if (void* const memory = LargeBlocks::all().take(size)) {
+      const auto free = [](void* at, void* all) {
+        LargeBlocks::all().give_back(at, reinterpret_cast<size_t>(all));
       };
       TORCH_ERROR_CODE_CHECK(torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0,
                                              dtype, device_type, like.get_device_index(), &handle,
                                              aoti_torch_layout_strided(), nullptr, 0, free,
-                                             reinterpret_cast<void*>(bytes)));
+                                             reinterpret_cast<void*>(size)));
       return Tensor(handle);
     }
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,

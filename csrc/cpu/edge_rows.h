@@ -114,7 +114,8 @@ SACCADE_FORCE T* sums_in_place(const Rows& x, int64_t b, int64_t row, int64_t he
 }
 
 // Whether x, of that many rows, outgrows what cores share, so that its rows are best written past the caches.
-SACCADE_FORCE bool streams(const Rows& x, int64_t batch, int64_t rows, int64_t heads, int64_t d) {
+// Results are dense: rows of whole vectors lie whole vectors apart.
+SACCADE_FORCE bool outgrows_caches(const Rows& x, int64_t batch, int64_t rows, int64_t heads, int64_t d) {
   return batch * rows * heads * d * size_of(x.dtype) > kSharedBytes &&
          reinterpret_cast<uintptr_t>(x.data) % kVectorBytes == 0;
 }
@@ -125,7 +126,7 @@ struct SumRow {
   T* at;
   bool stream;
 
-  SumRow(T* place, T* otherwise, bool streams) : at(place ? place : otherwise), stream(place && streams) {}
+  SumRow(T* place, T* otherwise, bool past) : at(place ? place : otherwise), stream(place && past) {}
 };
 
 // Row `row` of all heads of x: x[b, h, row] = shares[h] * from[h * ld + 0..d), or without shares (null) as it

@@ -9,7 +9,6 @@ namespace {
 
 // Work items of passes over single edges.
 constexpr int64_t kEdgeItem = 4096;
-constexpr int64_t kNumbersAhead = 16;
 SACCADE_FORCE int64_t edge_items(const GatherParams& p) { return (p.edges + kEdgeItem - 1) / kEdgeItem; }
 
 template <typename T>
@@ -31,8 +30,7 @@ struct EdgeNumbers {
     return p.heads_k * (round_up(p.head_dim, kLanes<T>) + round_up(p.head_dim_v, kLanes<T>));
   }
   EdgeNumbers(const GatherParams& p, Arena& a) : pitch(HeadLanes<T>(p).pitch), slopes(p, a) {
-    // Whole vectors are read from the last edge on.
-    const int64_t numbers = p.batch * p.edges * pitch + kLanes<T>;
+    const int64_t numbers = p.batch * p.edges * pitch;
     const int64_t items = row_split<T>(p).items(), t_items = column_split<T>(p).items();
     weights = a.take<T>(numbers);
     grads = a.take<T>(numbers);
@@ -136,14 +134,15 @@ struct ColumnPass {
         joint(params, a, params.score == Score::kAdditive ? kEdgeLanes : 0),
         live(all_edges_live(params)),
         far(rows_outgrow(kNearBytes, params, params.seqlen_q, params.heads)),
-        stream_k(streams(params.dk, params.batch, params.seqlen_k, params.heads_k, params.head_dim)),
-        stream_v(streams(params.dv, params.batch, params.seqlen_k, params.heads_k, params.head_dim_v)) {
+        stream_k(outgrows_caches(params.dk, params.batch, params.seqlen_k, params.heads_k, params.head_dim)),
+        stream_v(
+            outgrows_caches(params.dv, params.batch, params.seqlen_k, params.heads_k, params.head_dim_v)) {
     ldk = round_up(p.head_dim, kLanes<T>);
     ldv = round_up(p.head_dim_v, kLanes<T>);
     own = a.take<T>(EdgeNumbers<T>::column_size(p));
     key_rows = a.take<T>(p.heads_k * ldk);
-    weights = a.take<T>(kEdgeLanes * heads.pitch + kLanes<T>);
-    grads = a.take<T>(kEdgeLanes * heads.pitch + kLanes<T>);
+    weights = a.take<T>(kEdgeLanes * heads.pitch);
+    grads = a.take<T>(kEdgeLanes * heads.pitch);
   }
 
   // The edges of one piece join the sums of their key: dK of all heads, dV, or both.
@@ -174,11 +173,10 @@ struct ColumnPass {
   }
 
  private:
-  // The numbers of these edges side by side, from all of their kind; those of the next are asked for. Each
-  // edge's last vector may reach into the next edge, which is written after it.
+  // The numbers of these edges side by side, from all of their kind; those of the next are asked for.
   SACCADE_APART void collect(int64_t b, int64_t at, int64_t n, const EdgeNumbers<T>& numbers, const T* all,
                              T* to, bool slopes) {
-    const int64_t pitch = heads.pitch, ahead = min64(n, p.edges - at - kNumbersAhead);
+    const int64_t pitch = heads.pitch, ahead = min64(n, p.edges - at - kEdgeLanes);
     const int64_t* const edges = p.t_edges + at;
     const T* const first = all + numbers.at(b, 0);
     pitch == 1   ? collect_each<1>(first, edges, n, to)
@@ -187,8 +185,8 @@ struct ColumnPass {
     : pitch == 8 ? collect_each<8>(first, edges, n, to)
                  : collect_vectors(first, edges, n, pitch, to);
     for (int64_t e = 0; e < ahead; ++e) {
-      const int64_t edge = p.t_edges[at + kNumbersAhead + e];
-      prefetch(all + numbers.at(b, edge));
+      const int64_t edge = p.t_edges[at + kEdgeLanes + e];
+      prefetch(first + edge * pitch);
       if (slopes) prefetch(numbers.slopes.of(b, edge));
     }
   }

@@ -38,7 +38,7 @@ struct ForwardPass {
         w(params, a, kEdgeLanes),
         own(params, a.take<T>(GatherState<T>::size(params))),
         edges{&p, 0, 0, 0, nullptr},
-        stream(streams(p.out, p.batch, p.seqlen_q, p.heads, p.head_dim_v)) {
+        stream(outgrows_caches(p.out, p.batch, p.seqlen_q, p.heads, p.head_dim_v)) {
     const int64_t most = row_split<T>(p).step;
     logits = a.take<T>(w.heads.size(most) + kLanes<T>);
     weights = a.take<T>(w.heads.size(most) + kLanes<T>);

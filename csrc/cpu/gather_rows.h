@@ -65,7 +65,7 @@ struct RowPass {
         each(params),
         read_dout(a, w.own_beyond, p.heads, p.head_dim_v),
         read_dout_edge(a, w.own_beyond, p.heads, p.edge_dim),
-        stream(streams(p.dq, p.batch, p.seqlen_q, p.heads, p.head_dim)) {
+        stream(outgrows_caches(p.dq, p.batch, p.seqlen_q, p.heads, p.head_dim)) {
     const int64_t pairs = w.heads.size(kBlockEdges) + kLanes<T>;
     each.heads_k = p.heads, each.group = 1;
     ldq = round_up(p.head_dim, kLanes<T>);

@@ -74,14 +74,14 @@ template <typename T>
 SACCADE_FORCE void stream(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), __m512i(v));
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), __m256i(v));
 #else
   store(p, v);
 #endif
 }
 SACCADE_FORCE void stream_fence() {
-#if defined(__AVX__)
+#if defined(__AVX2__)
   _mm_sfence();
 #endif
 }

@@ -154,7 +154,7 @@ def test_rows_of_edges_are_asked_for() -> None:
 
 
 def test_rows_are_written_past_the_caches() -> None:
-    """Sums that go to large results: that such stores are compiled, which no result shows, nor that they run."""
+    """Sums that go to large results: such stores are compiled, which no result shows (nor that they run)."""
     from saccade import _C
 
     streaming = {

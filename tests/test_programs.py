@@ -300,19 +300,53 @@ def test_copies_of_a_program_train() -> None:
         torch.testing.assert_close(found, expected[name])
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
-def test_fakes_lie_as_results_do(order: tuple[int, ...]) -> None:
+def terms(kind: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tensors of a graph's 20 edges that have gradients, and the options that take them."""
+    if kind in ("dense", "graph"):
+        return [], {}
+    if kind == "bias":
+        bias = torch.randn(4, 20, requires_grad=True)
+        return [bias], {"edge_bias": bias}
+    pair = torch.randn(20, 3, requires_grad=True), torch.randn(4, 8, 3, requires_grad=True)
+    if kind == "features":
+        return [*pair], {"edge_attr": pair}
+    w = torch.randn(4, 8, requires_grad=True)
+    return [*pair, w], {"score": saccade.GATv2(w, edge_attr=pair)}
+
+
+@pytest.mark.parametrize("kind", ["dense", "graph", "bias", "features", "gatv2"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
+def test_fakes_lie_as_results_do(order: tuple[int, ...], kind: str) -> None:
     """The compiler plans with the strides of fakes: q, k and v of other layouts have gradients of these."""
+    index = torch.stack([torch.randint(9, (20,)), torch.randint(6, (20,))])
+    graph = None if kind == "dense" else Graph.from_edge_index(index, (9, 6)).prepare()
 
     def strides() -> list[tuple[int, ...]]:
-        shapes = ((2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 16))
+        shapes = ((2, 4, 6, 8), (2, 4 if graph else 2, 9, 8), (2, 4 if graph else 2, 9, 8 if graph else 16))
         q, k, v = (
             torch.randn([s[d] for d in order]).permute([order.index(d) for d in range(4)]) for s in shapes
         )
-        x = [t.requires_grad_() for t in (q, k, v)]
-        out = saccade.attention(*x)
+        more, options = terms(kind)
+        x = [t.requires_grad_() for t in (q, k, v)] + more
+        out = saccade.attention(q, k, v, graph, **options)
         return [t.stride() for t in (out, *torch.autograd.grad(out.square().sum(), x))]
 
     expected = strides()
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         assert strides() == expected
+
+
+@pytest.mark.parametrize("layer", [nn.TransformerConv, nn.GATv2Conv])
+def test_graph_layers_train_compiled(layer: Any) -> None:
+    """By inductor, which holds the operators to the strides of their fakes."""
+    torch._dynamo.reset()
+    conv, graph, x = layer(5, 4, heads=2, edge_dim=3), edges(7, 20), torch.randn(7, 5)
+    if layer is nn.GATv2Conv:
+        graph = graph.add_self_loops()
+    features = torch.randn(graph.num_edges, 3)
+    found = []
+    for run in (conv, torch.compile(conv)):
+        conv.zero_grad()
+        run(x, graph, features).sin().sum().backward()
+        found.append({name: p.grad for name, p in conv.named_parameters()})
+    torch.testing.assert_close(*found)

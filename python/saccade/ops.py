@@ -136,6 +136,13 @@ def _laid_out(like: Tensor, sizes: tuple[int, ...], order: list[int]) -> Tensor:
     return like.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(len(sizes))])
 
 
+def _as_memory_of(like: Tensor) -> Tensor:
+    """A dense tensor of its sizes whose dimensions lie in memory in the order of its strides."""
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
+    return _laid_out(like, tuple(like.shape), order)
+
+
 def forward_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor, Tensor]:
     """(out, lse) of forward."""
     q, v = args[0], args[2]
@@ -156,10 +163,8 @@ def backward_results(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor,
             found.append(q.new_empty(0, dtype=dtype))
             continue
         shape = like.shape
-        if name in ("q", "k", "v"):  # dense, its dimensions in memory in the order of its argument's strides
-            order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
-            dense = q.new_empty([shape[d] for d in order])
-            found.append(dense.permute([order.index(d) for d in range(like.dim())]))
+        if name in ("q", "k", "v"):
+            found.append(_as_memory_of(like))
             continue
         if name == "bias":
             shape = [1 if stride == 0 else n for n, stride in zip(shape, like.stride(), strict=True)]
@@ -193,9 +198,11 @@ def gather_gradients(args: tuple[Any, ...], at: dict[str, int]) -> tuple[Tensor,
         like = args[at[name]]
         if like is None or not needs & bit:
             found.append(q.new_empty(0, dtype=wide))
+        elif name in ("q", "k", "v", "edge_q"):
+            rows_dense = like.stride(-1) == 1 or like.shape[-1] == 1  # others are copied, and lie as the copy
+            found.append(_as_memory_of(like) if rows_dense else like.new_empty(like.shape))
         else:
-            own = name in ("q", "k", "v", "edge_q")
-            found.append(like.new_empty(like.shape, dtype=like.dtype if own else wide))
+            found.append(like.new_empty(like.shape, dtype=wide))
     return tuple(found)
 
 

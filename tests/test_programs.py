@@ -300,7 +300,7 @@ def test_copies_of_a_program_train() -> None:
         torch.testing.assert_close(found, expected[name])
 
 
-def terms(kind: str) -> tuple[list[Tensor], dict[str, Any]]:
+def edge_terms(kind: str) -> tuple[list[Tensor], dict[str, Any]]:
     """Tensors of a graph's 20 edges that have gradients, and the options that take them."""
     if kind in ("dense", "graph"):
         return [], {}
@@ -326,7 +326,7 @@ def test_fakes_lie_as_results_do(order: tuple[int, ...], kind: str) -> None:
         q, k, v = (
             torch.randn([s[d] for d in order]).permute([order.index(d) for d in range(4)]) for s in shapes
         )
-        more, options = terms(kind)
+        more, options = edge_terms(kind)
         x = [t.requires_grad_() for t in (q, k, v)] + more
         out = saccade.attention(q, k, v, graph, **options)
         return [t.stride() for t in (out, *torch.autograd.grad(out.square().sum(), x))]
